@@ -1,0 +1,112 @@
+"""Checkpoints: one self-contained file each, whole or absent, verified before they are used.
+
+A run directory holds step_NNNNNNNN.pt (the newest ones) and best.pt (lowest validation loss).
+"""
+
+import os
+import sys
+import zipfile
+from pathlib import Path
+
+import torch
+
+from errors import UserError
+
+STEP_PATTERN = "step_" + "[0-9]" * 8 + ".pt"
+TEMPORARY_SUFFIX = ".tmp"
+KEYS = ("model_state_dict", "optimizer_state_dict", "config", "vocab_size", "tokenizer", "step")
+
+
+def save_checkpoint(path, content):
+    """Write `content`, a dict of tensors and primitives, to `path`: whole, or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_directory(path.parent)
+
+
+def sync_directory(folder):
+    """Make a rename in `folder` survive a power cut, where the system can open directories (not Windows)."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def step_path(run_dir, step):
+    return Path(run_dir) / f"step_{step:08d}.pt"
+
+
+def step_checkpoints(run_dir):
+    """The run's step_*.pt files, oldest first."""
+    return sorted(Path(run_dir).glob(STEP_PATTERN))
+
+
+def prune_checkpoints(run_dir, keep):
+    """Delete all step_*.pt but the `keep` newest."""
+    for path in step_checkpoints(run_dir)[:-keep]:
+        path.unlink()
+
+
+def load_checkpoint(path):
+    """The content of a checkpoint, tensors on the CPU. UserError if it is missing, damaged or no checkpoint.
+
+    A .pt file is a zip archive: each record's CRC is checked first. Nothing in the file is executed
+    (weights_only=True).
+    """
+    path = Path(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise UserError(f"checkpoint {path} is damaged (record {damaged})")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from None
+    except Exception as error:  # zipfile and torch.load meet damage with exceptions of a dozen types
+        raise UserError(f"checkpoint {path} is damaged, or no checkpoint: {str(error).splitlines()[0]}") from None
+    missing = [key for key in KEYS if key not in content] if isinstance(content, dict) else KEYS
+    if missing:
+        raise UserError(f"{path} is not a checkpoint of this project: it lacks {', '.join(missing)}")
+    return content
+
+
+def load_newest(run_dir):
+    """(path, content) of the run's newest whole checkpoint, with a warning for each damaged one passed over.
+
+    (None, None) when there are none. UserError when there are some and none is whole.
+    """
+    paths = step_checkpoints(run_dir)[::-1]
+    best = Path(run_dir) / "best.pt"
+    if best.exists():
+        paths.append(best)
+    for path in paths:
+        try:
+            return path, load_checkpoint(path)
+        except UserError as error:
+            print(f"warning: {error}; trying the one before it", file=sys.stderr)
+    if paths:
+        raise UserError(f"no checkpoint in {run_dir} is whole; start anew with another --run_name")
+    return None, None
+
+
+def find_checkpoint(path):
+    """The file that `path` means: itself, or in a run directory or a folder of them the most recently written."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    found = [file for pattern in ("*.pt", "*/*.pt") for file in path.glob(pattern)]
+    if not found:
+        what = "has no checkpoints" if path.is_dir() else "is neither a file nor a run directory"
+        raise UserError(f"{path} {what}: train first (python train_gpt2.py configs/quickstart.py) or give --ckpt FILE")
+    return max(found, key=lambda file: file.stat().st_mtime_ns)

@@ -1,0 +1,271 @@
+"""Every knob of a training run: its type, default, range and one line of help.
+
+A config comes from three places, later ones winning: the defaults below, a config file of plain
+assignments, `--field=value` on the command line. All problems are collected and reported together.
+"""
+
+import ast
+import difflib
+import math
+import operator
+import typing
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+
+def knob(default, help, *, low=None, above=None, high=None, below=None, choices=None):
+    """A dataclass field with its help line and the values it may take (bounds on the number)."""
+    bounds = {"low": low, "above": above, "high": high, "below": below}
+    return field(default=default, metadata={"help": help, "choices": choices, **bounds})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run. Lengths are in tokens, intervals in optimizer steps."""
+
+    # data
+    dataset: str = knob("pydoc", "pydoc, shakespeare, shakespeare_char, or one made by prepare_data.py")
+    data_dir: str = knob("data", "where data sets lie")
+    stride: int | None = knob(None, "tokens from one training window's start to the next; none: block_size", low=1)
+    # model
+    n_layer: int = knob(4, "transformer blocks", low=1)
+    n_head: int = knob(4, "attention heads", low=1)
+    n_embd: int = knob(128, "width of the residual stream", low=1)
+    block_size: int = knob(128, "context length", low=1)
+    dropout: float = knob(0.0, "dropout probability", low=0, below=1)
+    bias: bool = knob(True, "biases in linear layers and LayerNorm")
+    norm: str = knob("layernorm", "normalisation", choices=("layernorm", "rmsnorm"))
+    mlp: str = knob("gelu", "feed-forward network", choices=("gelu", "swiglu", "relu2"))
+    pos: str = knob("learned", "positions", choices=("learned", "sinusoidal", "rope"))
+    tie_weights: bool = knob(True, "share the token embedding with the output layer")
+    # length of the run
+    max_iters: int | None = knob(None, "stop after this many optimizer steps", low=1)
+    epochs: float | None = knob(None, "stop after this many passes over the training windows (with max_iters: "
+                                      "whichever ends first; with neither: one)", above=0)
+    batch_size: int = knob(16, "sequences in one forward pass", low=1)
+    gradient_accumulation_steps: int = knob(1, "forward passes in one optimizer step", low=1)
+    # optimizer
+    learning_rate: float = knob(1e-3, "peak learning rate", low=0)
+    min_lr: float | None = knob(None, "learning rate at the end of the decay; none: learning_rate / 10", low=0)
+    warmup_iters: int = knob(100, "steps of linear warmup", low=0)
+    lr_decay_iters: int | None = knob(None, "step at which the cosine reaches min_lr; none: the run's last", low=1)
+    weight_decay: float = knob(0.1, "AdamW's decay, on matrices only", low=0)
+    beta1: float = knob(0.9, "AdamW's first decay rate", low=0, below=1)
+    beta2: float = knob(0.99, "AdamW's second decay rate", low=0, below=1)
+    grad_clip: float = knob(1.0, "largest gradient norm; 0: no clipping", low=0)
+    # evaluation, logging, checkpoints
+    eval_interval: int = knob(250, "steps from one evaluation to the next", low=1)
+    eval_tokens: int | None = knob(None, "evaluate on the first so many validation tokens; none: on all", low=2)
+    patience: int = knob(0, "stop after so many evaluations without a better loss; 0: never", low=0)
+    sample_tokens: int = knob(200, "length of the sample written at each evaluation; 0: none", low=0)
+    log_interval: int = knob(50, "steps from one progress line to the next", low=1)
+    checkpoint_interval: int = knob(250, "steps from one checkpoint to the next", low=1)
+    keep_checkpoints: int = knob(2, "newest checkpoints kept, beside the best", low=1)
+    # run
+    run_name: str | None = knob(None, "name under out_dir and log_dir; none: the config file's stem")
+    out_dir: str = knob("checkpoints", "where runs keep their checkpoints")
+    log_dir: str = knob("runs", "where runs keep their TensorBoard events")
+    resume: bool = knob(False, "go on from the run's newest checkpoint")
+    seed: int = knob(1337, "seed of initialisation, data order and dropout", low=0, below=2**32)
+    # machine
+    device: str = knob("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: str = knob("auto", "number format of the forward pass",
+                      choices=("auto", "float32", "bfloat16", "float16"))
+    compile: str = knob("auto", "torch.compile the model; auto: on CUDA", choices=("auto", "true", "false"))
+
+
+FIELDS = {f.name: f for f in fields(TrainConfig)}
+TYPES = typing.get_type_hints(TrainConfig)
+# Conditions on several fields: the fields, the test, what is wrong when it fails.
+CROSS_CHECKS = [
+    (("n_embd", "n_head"), lambda c: c.n_embd % c.n_head == 0,
+     "n_embd={n_embd} is not divisible by n_head={n_head}"),
+    (("n_embd", "n_head", "pos"), lambda c: c.pos != "rope" or (c.n_embd // c.n_head) % 2 == 0,
+     "pos=rope needs an even head size: n_embd={n_embd} / n_head={n_head} is odd"),
+    (("n_embd", "pos"), lambda c: c.pos != "sinusoidal" or c.n_embd % 2 == 0,
+     "pos=sinusoidal needs an even n_embd, not {n_embd}"),
+    (("stride", "block_size"), lambda c: (c.stride or 1) <= c.block_size,
+     "stride={stride} is over block_size={block_size}: tokens between the windows would never be trained on"),
+    (("min_lr", "learning_rate"), lambda c: (c.min_lr or 0) <= c.learning_rate,
+     "min_lr={min_lr} is over learning_rate={learning_rate}"),
+    (("run_name",), lambda c: c.run_name is None or is_plain_name(c.run_name),
+     "run_name={run_name!r} must be a plain directory name"),
+    (("dataset",), lambda c: is_plain_name(c.dataset), "dataset={dataset!r} must be a plain directory name"),
+]
+
+
+def is_plain_name(name):
+    """Whether `name` can be one directory's name: no separators, not hidden, printable."""
+    return bool(name) and name == Path(name).name and not name.startswith(".") and name.isprintable()
+
+
+def nearest(name, names):
+    """' (did you mean X?)' for the closest of `names`, or '' when none is close."""
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def check_value(name, value):
+    """Return (value in the field's type, None) or (None, what is wrong). Text values are parsed."""
+    kinds = typing.get_args(TYPES[name]) or (TYPES[name],)
+    kind, optional = kinds[0], type(None) in kinds
+    limits = FIELDS[name].metadata
+    if optional and (value is None or (isinstance(value, str) and value.lower() == "none")):
+        return None, None
+    if kind is str and isinstance(value, bool):
+        value = str(value).lower()  # compile = True in a config file
+    elif kind is not str and isinstance(value, str):
+        value = parse_text(kind, value)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if limits["choices"] and isinstance(value, str):
+        value = value.lower()
+    wanted = f"{name} must be {describe(kind, limits)}{' or none' if optional else ''}, not {value!r}"
+    in_range = type(value) is kind and (kind is not float or math.isfinite(value)) and all((
+        limits["low"] is None or value >= limits["low"],
+        limits["above"] is None or value > limits["above"],
+        limits["high"] is None or value <= limits["high"],
+        limits["below"] is None or value < limits["below"],
+        limits["choices"] is None or value in limits["choices"],
+    ))
+    return (value, None) if in_range else (None, wanted)
+
+
+def parse_text(kind, text):
+    """The int, float or bool that `text` spells, or `text` itself where it spells none."""
+    if kind is bool:
+        return {"true": True, "false": False, "1": True, "0": False}.get(text.lower(), text)
+    try:
+        return kind(text)
+    except ValueError:
+        return text
+
+
+def describe(kind, limits):
+    """What a field takes, in words: 'an int >= 1', 'one of gelu, swiglu'."""
+    if limits["choices"]:
+        return "one of " + ", ".join(limits["choices"])
+    words = {int: "an int", float: "a finite float", str: "text", bool: "true or false"}[kind]
+    signs = {"low": ">=", "above": ">", "high": "<=", "below": "<"}
+    bounds = [f"{sign} {limits[key]}" for key, sign in signs.items() if limits[key] is not None]
+    return " ".join([words, " and ".join(bounds)]).strip()
+
+
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+             ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv}
+
+
+def evaluate_node(node, names):
+    """Value of an expression of literals, earlier names and + - * / // on numbers, else ValueError."""
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.Name) and node.id in names:
+        return names[node.id]
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        operand = evaluate_node(node.operand, names)
+        if type(operand) in (int, float):
+            return -operand
+    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+        left, right = evaluate_node(node.left, names), evaluate_node(node.right, names)
+        if type(left) in (int, float) and type(right) in (int, float):
+            return OPERATORS[type(node.op)](left, right)
+    raise ValueError("only numbers, text, True, False, None and + - * / // of numbers are understood")
+
+
+def read_config_file(path):
+    """Return (values, problems) of a config file: `name = value` lines, which are never executed."""
+    try:
+        tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        return {}, [f"cannot read config file {path}: {error.strerror}"]
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        return {}, [f"{path} is not a config file of `name = value` lines: {error}"]
+    values, problems = {}, []
+    for statement in tree.body:
+        where = f"{path}:{statement.lineno}"
+        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+            continue  # a docstring
+        if not (isinstance(statement, ast.Assign) and len(statement.targets) == 1
+                and isinstance(statement.targets[0], ast.Name)):
+            problems.append(f"{where}: only `name = value` lines are understood")
+            continue
+        name = statement.targets[0].id
+        if name not in FIELDS:
+            problems.append(f"{where}: unknown field {name}{nearest(name, FIELDS)}")
+            continue
+        try:
+            values[name] = evaluate_node(statement.value, values)
+        except (ValueError, ArithmeticError, RecursionError) as error:
+            problems.append(f"{where}: {name}: {error}")
+    return values, problems
+
+
+def read_command_line(argv):
+    """Return (config file or None, values as text, problems) of `[CONFIG.py] [--field=value …]`."""
+    path, values, problems = None, {}, []
+    tokens = list(argv)
+    while tokens:
+        token = tokens.pop(0)
+        if not token.startswith("--"):
+            if path is not None:
+                problems.append(f"unexpected argument {token!r}: a config file was named already ({path})")
+            path = path or token
+            continue
+        name, equals, value = token[2:].partition("=")
+        if not equals and tokens and not tokens[0].startswith("--") and TYPES.get(name) is not bool:
+            value = tokens.pop(0)
+        elif not equals and TYPES.get(name) is bool:
+            value = tokens.pop(0) if tokens and tokens[0].lower() in ("true", "false") else "true"
+        elif not equals and name in FIELDS:
+            problems.append(f"--{name} needs a value")
+            continue
+        if name in FIELDS:
+            values[name] = value
+        else:
+            problems.append(f"unknown flag --{name}{nearest(name, FIELDS)}")
+    return path, values, problems
+
+
+def build_config(values):
+    """Return (TrainConfig, problems) from {field: value}; a field with a problem keeps its default."""
+    good, problems = {}, []
+    for name, value in values.items():
+        good[name], problem = check_value(name, value)
+        if problem:
+            del good[name]
+            problems.append(problem)
+    bad = set(values) - set(good)
+    cfg = TrainConfig(**good)
+    for names, holds, message in CROSS_CHECKS:
+        if not bad & set(names) and not holds(cfg):
+            problems.append(message.format(**asdict(cfg)))
+    return cfg, problems
+
+
+def load_config(path=None, overrides=None):
+    """Return (TrainConfig, problems) from a config file (or None) and {field: value} on top of it."""
+    values, problems = read_config_file(path) if path else ({}, [])
+    values |= overrides or {}
+    if values.get("run_name") is None:
+        values["run_name"] = Path(path).stem if path else values.get("dataset", TrainConfig.dataset)
+    cfg, more = build_config(values)
+    return cfg, problems + more
+
+
+def config_from_argv(argv):
+    """Return (TrainConfig, problems) from a command line."""
+    path, values, problems = read_command_line(argv)
+    cfg, more = load_config(path, values)
+    return cfg, problems + more
+
+
+def help_text():
+    """Every field with its type, default and help, as `--help` prints it."""
+    lines = ["usage: python train_gpt2.py [CONFIG.py] [--field=value ...] [--resume]", "",
+             "Train a GPT. A config file sets fields by plain assignments; flags win over it.", ""]
+    for name, f in FIELDS.items():
+        kind = TYPES[name].__name__ if isinstance(TYPES[name], type) else str(TYPES[name]).replace(" | None", "")
+        choices = f": {', '.join(f.metadata['choices'])}" if f.metadata["choices"] else ""
+        default = "none" if f.default is None else f.default
+        lines.append(f"  --{name:<28} {f.metadata['help']}{choices} ({kind}, default {default})")
+    return "\n".join(lines)

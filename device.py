@@ -1,0 +1,70 @@
+"""Which device and number format to compute with, and how fast the device could be."""
+
+import contextlib
+
+import torch
+
+from errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Dense bf16 (V100, T4: fp16) peak in FLOP/s by the makers' data sheets; the first name found in the device's name.
+PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+              "A10": 125e12, "A6000": 155e12, "V100": 125e12, "T4": 65e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+
+
+def choose_device(name):
+    """The torch.device for "auto", "cpu", "cuda", "cuda:N" or "mps". UserError if this machine has none such."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device must be auto, cpu, cuda, cuda:N or mps, not {name!r}")
+    n_devices = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= n_devices[device.type]:
+        raise UserError(f"device {name} is not on this machine (it has {n_devices[device.type]} of the kind); "
+                        f"use --device=auto")
+    return device
+
+
+def choose_dtype(name, device):
+    """The torch.dtype for "auto" or a name. Auto: bfloat16 where the device multiplies it fast, float16 on
+    older CUDA, else float32. UserError for float16 off CUDA (the gradient scaler needs it)."""
+    if name == "float16" and device.type != "cuda":
+        raise UserError(f"dtype=float16 needs a CUDA device, not {device.type}; use bfloat16, float32 or auto")
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        major, _ = torch.cuda.get_device_capability(device)
+        return torch.bfloat16 if major >= 8 else torch.float16
+    if device.type == "cpu" and cpu_has_bfloat16():
+        return torch.bfloat16
+    return torch.float32
+
+
+def cpu_has_bfloat16():
+    """Whether the processor has bf16 dot products (AVX512_BF16 or AMX), not only conversions."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def autocast(device, dtype):
+    """Context manager for the forward pass: `dtype` where it is safe, float32 elsewhere."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)
+
+
+def device_name(device):
+    """The device's name in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return {"cpu": f"CPU, {torch.get_num_threads()} threads", "mps": "Apple GPU"}[device.type]
+
+
+def peak_flops(device):
+    """Peak FLOP/s of the device, or None when it is not known."""
+    name = device_name(device) if device.type == "cuda" else ""
+    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)

@@ -1,0 +1,38 @@
+"""The one kind of error that scripts report without a traceback."""
+
+import os
+import sys
+
+
+class UserError(Exception):
+    """Problems the user can mend. Each says what is wrong, where, and what to do."""
+
+    def __init__(self, *problems):
+        super().__init__(*problems)
+        self.problems = problems
+
+    def __str__(self):
+        if len(self.problems) == 1:
+            return self.problems[0]
+        return f"{len(self.problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in self.problems)
+
+
+def run_script(main):
+    """Run `main(argv) -> exit code or None` as a script and exit.
+
+    A UserError becomes a line on stderr and exit code 2, Ctrl-C becomes 130; any other
+    exception is a bug and keeps its traceback.
+    """
+    try:
+        code = main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`); keep Python from failing again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)

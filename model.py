@@ -1,0 +1,238 @@
+"""GPT in two families that share one code path.
+
+GPT-2 (Radford et al. 2019): LayerNorm, GELU, learned positions. The modern family: RMSNorm
+(Zhang & Sennrich 2019), SwiGLU (Shazeer 2020), sinusoidal positions (Vaswani et al. 2017). Any norm
+goes with any feed-forward network and any positions. Parameter names are GPT-2's.
+
+Shapes: B sequences, T tokens, C = n_embd, H heads of size D = C / H, V = vocab_size.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+GPT2_SIZES = {
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 355M
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
+}
+
+
+@dataclass
+class GPTConfig:
+    """Shape of a GPT; the defaults are GPT-2 124M. `vocab_size` is the tokenizer's, never a padded one."""
+
+    vocab_size: int = 50257
+    block_size: int = 1024
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True
+    norm: str = "layernorm"
+    mlp: str = "gelu"
+    pos: str = "learned"
+    tie_weights: bool = True
+
+    @classmethod
+    def gpt2(cls, name, **changes):
+        """The config of "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl"."""
+        return cls(**GPT2_SIZES[name] | changes)
+
+    @property
+    def padded_vocab_size(self):
+        """Rows of the embedding: large vocabularies are rounded up to 64, which matrix units multiply faster."""
+        return -(-self.vocab_size // 64) * 64 if self.vocab_size >= 1024 else self.vocab_size
+
+
+def make_norm(config):
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.n_embd, eps=1e-6)
+    return nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+
+
+def sinusoidal_table(length, width):
+    """Vaswani et al.'s position encodings, float32 (length, width): sines in even columns, cosines in odd."""
+    angles = rotation_angles(length, width)
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1).float()
+
+
+def rotation_angles(length, width):
+    """position / 10000^(2i / width), float64 (length, width / 2)."""
+    frequencies = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    return torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
+
+
+def rotate(x, cos, sin):
+    """Rotary positions (Su et al. 2021): turn each pair (x_i, x_{i + D/2}) of x (B, H, T, D) by its angle.
+
+    `cos` and `sin` are (T, D / 2), float32; the result has x's dtype.
+    """
+    left, right = x.float().chunk(2, dim=-1)
+    return torch.cat((left * cos - right * sin, left * sin + right * cos), dim=-1).type_as(x)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, rotation):
+        """x (B, T, C) -> (B, T, C). `rotation`: (cos, sin) for rotary positions, else None."""
+        B, T, C = x.shape
+        q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
+                   for part in self.c_attn(x).split(C, dim=2))
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.kind = config.mlp
+        hidden = 4 * config.n_embd
+        if self.kind == "swiglu":
+            # Two thirds of the width for the same number of parameters, in whole multiples of 64.
+            hidden = -(-8 * config.n_embd // 3 // 64) * 64
+        self.c_fc = nn.Linear(config.n_embd, hidden * (2 if self.kind == "swiglu" else 1), bias=config.bias)
+        self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        """x (B, T, C) -> (B, T, C)."""
+        x = self.c_fc(x)
+        if self.kind == "gelu":
+            x = F.gelu(x, approximate="tanh")  # the form GPT-2 was trained with
+        elif self.kind == "relu2":
+            x = F.relu(x).square()  # So et al. 2021
+        else:
+            gate, x = x.chunk(2, dim=-1)
+            x = F.silu(gate) * x
+        return self.dropout(self.c_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = make_norm(config)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = make_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rotation):
+        x = x + self.attn(self.ln_1(x), rotation)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        """`config`: a GPTConfig. ValueError for a shape that cannot be."""
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(f"n_embd {config.n_embd} is not divisible by n_head {config.n_head}")
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            ln_f=make_norm(config),
+        ))
+        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        if config.pos == "learned":
+            self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
+        elif config.pos == "sinusoidal":
+            table = sinusoidal_table(config.block_size, config.n_embd)
+            self.register_buffer("positions", table, persistent=False)
+        else:
+            angles = rotation_angles(config.block_size, config.n_embd // config.n_head)
+            self.register_buffer("cos", angles.cos().float(), persistent=False)
+            self.register_buffer("sin", angles.sin().float(), persistent=False)
+        self.apply(self._init_weights)
+        if config.tie_weights:
+            self.lm_head.weight = self.transformer.wte.weight
+
+    def _init_weights(self, module):
+        """GPT-2's initialisation: N(0, 0.02), and N(0, 0.02 / sqrt(2 n_layer)) into the residual stream."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, (CausalSelfAttention, MLP)):
+            nn.init.normal_(module.c_proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+
+    def hidden(self, idx):
+        """Final normalised states, (B, T, C), of tokens idx, int64 (B, T). ValueError if T > block_size."""
+        T = idx.size(1)
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens are over block_size {self.config.block_size}")
+        x = self.transformer.wte(idx)
+        rotation = None
+        if self.config.pos == "learned":
+            x = x + self.transformer.wpe.weight[:T]
+        elif self.config.pos == "sinusoidal":
+            x = x * math.sqrt(self.config.n_embd) + self.positions[:T]  # scaled as in Vaswani et al.
+        else:
+            rotation = self.cos[:T], self.sin[:T]
+        x = self.transformer.drop(x)
+        for block in self.transformer.h:
+            x = block(x, rotation)
+        return self.transformer.ln_f(x)
+
+    def logits(self, x):
+        """Logits (..., V) of states x (..., C). The rows that pad the vocabulary are left out."""
+        return self.lm_head(x)[..., : self.config.vocab_size]
+
+    def forward(self, idx, targets=None):
+        """Logits (B, T, V) of tokens idx, int64 (B, T), and their loss.
+
+        The loss is the mean cross-entropy in nats, float32, over the targets, int64 (B, T), that are
+        not -1; None without targets.
+        """
+        logits = self.logits(self.hidden(idx))
+        if targets is None:
+            return logits, None
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, loss
+
+    def n_params(self):
+        """Number of parameters, without the position embedding (nanoGPT's count)."""
+        n_positions = self.transformer.wpe.weight.numel() if self.config.pos == "learned" else 0
+        return sum(p.numel() for p in self.parameters()) - n_positions
+
+    def flops_per_token(self):
+        """FLOP of forward and backward for one token: 6 a parameter, 12 L C T for attention (PaLM, appendix B)."""
+        c = self.config
+        return 6 * self.n_params() + 12 * c.n_layer * c.n_embd * c.block_size
+
+    @torch.inference_mode()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, generator=None):
+        """Continue tokens idx, int64 (B, T >= 1), by max_new_tokens: int64 (B, T + max_new_tokens).
+
+        temperature 0 takes the likeliest token; top_k > 0 draws among the k likeliest. Beyond
+        block_size the model sees the last block_size tokens. `generator` must be on the model's device.
+        """
+        was_training = self.training
+        self.eval()
+        for _ in range(max_new_tokens):
+            logits = self.logits(self.hidden(idx[:, -self.config.block_size :])[:, -1]).float()
+            if temperature == 0:
+                token = logits.argmax(dim=-1, keepdim=True)
+            else:
+                if 0 < top_k < logits.size(-1):
+                    kth = logits.topk(top_k).values[:, -1:]
+                    logits = logits.masked_fill(logits < kth, -math.inf)
+                token = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
+            idx = torch.cat((idx, token), dim=1)
+        self.train(was_training)
+        return idx

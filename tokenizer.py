@@ -1,0 +1,109 @@
+"""Text to token ids and back: a character vocabulary, and GPT-2's byte-level BPE.
+
+A tokenizer's `state()` is plain text and numbers, stored whole in a data set's meta.json and in
+every checkpoint, so that neither needs another file to be read.
+"""
+
+import numpy as np
+import tiktoken
+from tiktoken_ext.openai_public import r50k_pat_str as GPT2_PATTERN
+
+from errors import UserError
+
+UNKNOWN = -1
+END_OF_TEXT = "<|endoftext|>"
+
+
+def code_points(text):
+    """Unicode code points of `text`, uint32 (len(text),)."""
+    return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
+
+
+class CharTokenizer:
+    """One id for each character, in code point order when built by `from_text`."""
+
+    kind = "char"
+
+    def __init__(self, itos):
+        """`itos`: the characters, by id."""
+        self.itos = list(itos)
+        self.stoi = {char: id for id, char in enumerate(self.itos)}
+        self.vocab_size = len(self.itos)
+        self.token_bytes = np.array([len(char.encode("utf-8", errors="surrogatepass")) for char in self.itos])
+        self._points = code_points("".join(self.itos))
+        self._ids = np.full(0x110000, UNKNOWN, dtype=np.int32)
+        self._ids[self._points] = np.arange(self.vocab_size)
+
+    @classmethod
+    def from_text(cls, text):
+        return cls(map(chr, np.flatnonzero(np.bincount(code_points(text)))))
+
+    def encode(self, text):
+        """Ids of `text`, int32 (len(text),). UserError names the first unknown character and its position."""
+        ids = self._ids[code_points(text)]
+        unknown = ids == UNKNOWN
+        if unknown.any():
+            position = int(unknown.argmax())
+            raise UserError(f"character {text[position]!r} at position {position} is not among the "
+                            f"{self.vocab_size} characters of the vocabulary")
+        return ids
+
+    def decode(self, ids):
+        """Text of `ids` (a sequence of int)."""
+        return self._points[np.asarray(ids, dtype=np.int64)].tobytes().decode("utf-32-le", errors="surrogatepass")
+
+    def state(self):
+        return {"kind": self.kind, "itos": self.itos, "stoi": self.stoi}
+
+
+class GPT2Tokenizer:
+    """GPT-2's byte-level BPE (Radford et al. 2019) by tiktoken, built from the text of `vocab.bpe`."""
+
+    kind = "gpt2"
+
+    def __init__(self, merges):
+        """`merges`: the text of vocab.bpe, one merge a line after a version line."""
+        self.merges = merges
+        ranks = ranks_from_merges(merges)
+        self.vocab_size = len(ranks) + 1
+        self._bpe = tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
+                                      special_tokens={END_OF_TEXT: len(ranks)})
+        self.token_bytes = np.array([len(token) for token in ranks] + [len(END_OF_TEXT)])
+
+    def encode(self, text):
+        """Ids of `text`, uint32. Special tokens' names in the text are read as plain text."""
+        return self._bpe.encode_to_numpy(text, disallowed_special=())
+
+    def decode(self, ids):
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+        return self._bpe.decode([int(id) for id in ids])
+
+    def state(self):
+        return {"kind": self.kind, "merges": self.merges}
+
+
+def ranks_from_merges(merges):
+    """{token bytes: id} of GPT-2's `vocab.bpe`: the 256 bytes in GPT-2's order, then one token a merge.
+
+    vocab.bpe spells bytes as printable characters: a printable Latin-1 byte stands for itself, the
+    others for U+0100 onwards in order (`bytes_to_unicode` in OpenAI's encoder.py).
+    """
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    others = [byte for byte in range(256) if byte not in printable]
+    spelled = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    ranks = {bytes([byte]): rank for rank, byte in enumerate(printable + others)}
+    for line in merges.splitlines()[1:]:
+        ranks[bytes(spelled[char] for char in line.replace(" ", ""))] = len(ranks)
+    return ranks
+
+
+def tokenizer_from_state(state):
+    """The tokenizer whose `state()` this is. UserError if it is none."""
+    try:
+        if state["kind"] == CharTokenizer.kind:
+            return CharTokenizer(state["itos"])
+        if state["kind"] == GPT2Tokenizer.kind:
+            return GPT2Tokenizer(state["merges"])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise UserError(f"the stored tokenizer is damaged: {error!r}") from None
+    raise UserError(f"unknown kind of tokenizer: {state['kind']!r}")

@@ -1,0 +1,598 @@
+"""Train a GPT.
+
+    python train_gpt2.py configs/quickstart.py
+    python train_gpt2.py configs/quickstart.py --learning_rate=3e-4 --run_name=slower
+    python train_gpt2.py configs/quickstart.py --resume
+    python train_gpt2.py --help
+"""
+
+import dataclasses
+import html
+import math
+import shlex
+import signal
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from checkpoint import load_newest, prune_checkpoints, save_checkpoint, step_checkpoints, step_path
+from config import TrainConfig, config_from_argv, help_text, load_config, nearest
+from dataset import TokenDataset, read_corpus, read_meta, step_loader
+from device import autocast, choose_device, choose_dtype, device_name, peak_flops
+from errors import UserError, run_script
+from model import GPT, GPTConfig
+from prepare_data import CORPORA, prepare, read_texts, split_and_write
+
+# What makes a model's weights fit or not fit: the same in a run and in its resumption.
+MODEL_FIELDS = [f.name for f in dataclasses.fields(GPTConfig) if f.name != "vocab_size"]
+# What may differ between a run and its resumption without a word.
+PLACE_FIELDS = {"resume", "data_dir", "out_dir", "log_dir", "run_name"}
+
+
+class Diverged(Exception):
+    """The loss or the gradient is not finite any more; the message says where."""
+
+
+class Interrupted(Exception):
+    """A signal asked for the end and the run has saved itself. `signum` is the signal's number."""
+
+    def __init__(self, signum):
+        self.signum = signum
+
+
+def learning_rate_at(step, cfg):
+    """Learning rate of optimizer step `step` (0 is the first): linear warmup, then a cosine to min_lr.
+
+    It grows from learning_rate / (warmup_iters + 1) to learning_rate at step warmup_iters, and is
+    min_lr from step lr_decay_iters on (Loshchilov & Hutter 2017, without restarts).
+    """
+    if step < cfg.warmup_iters:
+        return cfg.learning_rate * (step + 1) / (cfg.warmup_iters + 1)
+    if step >= cfg.lr_decay_iters:
+        return cfg.min_lr
+    progress = (step - cfg.warmup_iters) / (cfg.lr_decay_iters - cfg.warmup_iters)
+    return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (cfg.learning_rate - cfg.min_lr)
+
+
+def perplexity(loss):
+    """exp(loss in nats); inf where that is too large for a float."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of one pass over a text: mean nats per token, its exponential, bits per byte of text."""
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+
+
+@torch.no_grad()
+def evaluate(model, dataset, batch_size, device, dtype=torch.float32):
+    """Evaluate `model` (a GPT, compiled or not) on a TokenDataset with stride == block_size.
+
+    Every token but the first is predicted exactly once. All batches have the same shape: the last
+    is filled up with windows whose targets are ignored.
+    """
+    was_training = model.training
+    model.eval()
+    losses, counts = [], []
+    for start in range(0, len(dataset), batch_size):
+        x, y = dataset.__getitems__(range(start, min(start + batch_size, len(dataset))))
+        missing = batch_size - len(x) if start else 0
+        x = torch.nn.functional.pad(x, (0, 0, 0, missing))
+        y = torch.nn.functional.pad(y, (0, 0, 0, missing), value=-1)
+        counts.append(int((y >= 0).sum()))
+        with autocast(device, dtype):
+            losses.append(model(x.to(device), y.to(device))[1])
+    model.train(was_training)
+    nats = (torch.stack(losses).cpu().double() * torch.tensor(counts)).sum().item()
+    n_bytes = int(dataset.tokenizer.token_bytes[dataset.tokens].sum())
+    loss = nats / sum(counts)
+    return Evaluation(loss, perplexity(loss), nats / math.log(2) / n_bytes)
+
+
+def make_optimizer(model, cfg, device):
+    """AdamW (Loshchilov & Hutter 2019) with weight decay on matrices only, fused where the device has it."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": cfg.weight_decay},
+              {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
+                             fused=device.type in ("cpu", "cuda"))
+
+
+def set_lengths(cfg, n_windows):
+    """`cfg` with stride, max_iters, lr_decay_iters and min_lr made numbers, for `n_windows` training windows."""
+    sequences = cfg.batch_size * cfg.gradient_accumulation_steps
+    epochs = cfg.epochs if cfg.epochs or cfg.max_iters else 1
+    limits = [cfg.max_iters, epochs and math.ceil(epochs * n_windows / sequences)]
+    max_iters = min(limit for limit in limits if limit)
+    return dataclasses.replace(
+        cfg, max_iters=max_iters, stride=cfg.stride or cfg.block_size,
+        lr_decay_iters=cfg.lr_decay_iters or max_iters,
+        min_lr=cfg.learning_rate / 10 if cfg.min_lr is None else cfg.min_lr,
+    )
+
+
+def data_problems(cfg):
+    """What is wrong with cfg.dataset, as far as it can be told without preparing it (a list of str)."""
+    folder = Path(cfg.data_dir) / cfg.dataset
+    if folder.is_dir():
+        try:
+            tokens = read_meta(folder)["splits"]["train"]["tokens"]
+        except UserError as error:
+            return [] if cfg.dataset in CORPORA else [str(error)]
+        return length_problems(cfg, tokens)
+    if cfg.dataset in CORPORA:
+        return []
+    made = [path.parent.name for path in Path(cfg.data_dir).glob("*/meta.json")]
+    known = sorted({*CORPORA, *made})
+    return [f"unknown dataset {cfg.dataset}{nearest(cfg.dataset, known)}: there are {', '.join(known)}; "
+            f"prepare_data.py makes others"]
+
+
+def length_problems(cfg, n_train):
+    """Whether the training split, of `n_train` tokens, fills one window (a list of str)."""
+    if n_train > cfg.block_size:
+        return []
+    return [f"block_size={cfg.block_size} is over the data's length: {cfg.dataset} has {n_train} training tokens, "
+            f"and a window takes {cfg.block_size + 1}"]
+
+
+def machine_problems(cfg):
+    """What is wrong with cfg.device and cfg.dtype on this machine (a list of str)."""
+    try:
+        choose_dtype(cfg.dtype, choose_device(cfg.device))
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+def open_corpus(cfg):
+    """The run's data set, prepared first if it is not there yet."""
+    folder = Path(cfg.data_dir) / cfg.dataset
+    if cfg.dataset in CORPORA and not (folder / "meta.json").exists():
+        print(f"data set {cfg.dataset} is not prepared yet: preparing it")
+        prepare(cfg.dataset, cfg.data_dir)
+    corpus = read_corpus(folder)
+    problems = length_problems(cfg, len(corpus.train))
+    if problems:
+        raise UserError(*problems)
+    return corpus
+
+
+def make_folder(path):
+    """`path`, made if it is not there. UserError where it cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path}: {error.strerror}") from None
+    return path
+
+
+@dataclass
+class Progress:
+    """What a run has to remember beside weights and moments."""
+
+    step: int = 0  # optimizer steps done
+    val_loss: float | None = None
+    best_val_loss: float | None = None
+    best_step: int | None = None
+    evals_without_better: int = 0
+    pending_losses: list = field(default_factory=list)  # scalar tensors, one a step since the last log line
+
+
+class Trainer:
+    """A run's data, model, optimizer and progress, and the steps of which `train` is made."""
+
+    def __init__(self, cfg):
+        self.corpus = open_corpus(cfg)
+        tokenizer = self.corpus.tokenizer
+        self.train_data = TokenDataset(self.corpus.train, cfg.block_size, cfg.stride, tokenizer)
+        self.val_data = TokenDataset(self.corpus.val[: cfg.eval_tokens], cfg.block_size, tokenizer=tokenizer)
+        self.cfg = cfg = set_lengths(cfg, len(self.train_data))
+        self.sequences = cfg.batch_size * cfg.gradient_accumulation_steps
+        self.run_dir = make_folder(Path(cfg.out_dir) / cfg.run_name)
+        self.log_dir = make_folder(Path(cfg.log_dir) / cfg.run_name)
+        self.device = choose_device(cfg.device)
+        self.dtype = choose_dtype(cfg.dtype, self.device)
+        torch.manual_seed(cfg.seed)
+        shape = {name: getattr(cfg, name) for name in MODEL_FIELDS}
+        self.model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **shape)).to(self.device)
+        self.optimizer = make_optimizer(self.model, cfg, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.progress = Progress()
+        self.first_bad_step = torch.tensor(-1, device=self.device)  # the first with a non-finite loss or gradient
+        self.grad_norm = torch.zeros((), device=self.device)
+        if cfg.resume:
+            self.restore()
+        elif step_checkpoints(self.run_dir):
+            raise UserError(f"{self.run_dir} already holds checkpoints, up to {step_checkpoints(self.run_dir)[-1].name}: "
+                            f"--resume goes on from there, --run_name=NAME starts another run")
+        self.forward = self.compiled_model()
+        self.writer = SummaryWriter(self.log_dir, purge_step=self.progress.step + 1)
+        self.timer = StepTimer()
+
+    def restore(self):
+        """Take weights, moments and progress from the run's newest whole checkpoint, if there is one."""
+        path, content = load_newest(self.run_dir)
+        if path is None:
+            print(f"no checkpoint in {self.run_dir}: starting at step 0")
+            return
+        self.compare_with(path, content)
+        self.model.load_state_dict(content["model_state_dict"])
+        self.optimizer.load_state_dict(content["optimizer_state_dict"])
+        self.scaler.load_state_dict(content["scaler_state_dict"])
+        state = {f.name: content[f.name] for f in dataclasses.fields(Progress)}
+        state["pending_losses"] = [torch.tensor(loss, device=self.device) for loss in state["pending_losses"]]
+        self.progress = Progress(**state)
+        print(f"resumed from {path} at step {self.progress.step}")
+
+    def compare_with(self, path, content):
+        """UserError where the checkpoint's data or architecture is another; a line for other changed fields."""
+        then = content["config"]
+        problems = [f"{name} is {then.get(name)!r} in {path} and {getattr(self.cfg, name)!r} now: "
+                    f"resume with --{name}={then.get(name)}, or start another run with --run_name=NAME"
+                    for name in MODEL_FIELDS if then.get(name) != getattr(self.cfg, name)]
+        if content["data_fingerprint"] != self.corpus.fingerprint:
+            problems.append(f"the data set is not the one of {path} (fingerprint {content['data_fingerprint'][:12]} "
+                            f"of {then.get('dataset')} then, {self.corpus.fingerprint[:12]} of {self.cfg.dataset} now)")
+        if problems:
+            raise UserError(*problems)
+        for name, now in dataclasses.asdict(self.cfg).items():
+            if name not in PLACE_FIELDS and then.get(name) != now:
+                print(f"changed since the checkpoint: {name} {then.get(name)} -> {now}")
+
+    def compiled_model(self):
+        """The model as the steps call it: compiled where cfg.compile says so and it works, else as it is."""
+        wanted = self.cfg.compile == "true" or (self.cfg.compile == "auto" and self.device.type == "cuda")
+        self.compiled = False
+        if not wanted:
+            return self.model
+        compiled = torch.compile(self.model)
+        trial = torch.zeros((self.cfg.batch_size, self.cfg.block_size), dtype=torch.int64, device=self.device)
+        try:
+            with autocast(self.device, self.dtype):
+                compiled(trial, trial)[1].backward()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a compiler's failures have no common type
+            print(f"warning: torch.compile failed, going on without it: {str(error).splitlines()[0]}", file=sys.stderr)
+            return self.model
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+        self.compiled = True
+        return compiled
+
+    def print_start(self):
+        """What the run computes, on what, and how long it is."""
+        cfg, model = self.cfg, self.model
+        tokens = self.sequences * cfg.block_size
+        steps_per_epoch = len(self.train_data) / self.sequences
+        print(f"run      {cfg.run_name}: checkpoints in {self.run_dir}, events in {self.log_dir}\n"
+              f"data     {cfg.dataset}: {len(self.corpus.train):,} training and {len(self.corpus.val):,} validation "
+              f"tokens, {self.corpus.tokenizer.vocab_size:,} symbols\n"
+              f"model    {cfg.norm}, {cfg.mlp}, {cfg.pos} positions; {cfg.n_layer} layers, {cfg.n_head} heads, "
+              f"{cfg.n_embd} wide, context {cfg.block_size}; {model.n_params():,} parameters\n"
+              f"step     {cfg.gradient_accumulation_steps} x {cfg.batch_size} sequences = {tokens:,} tokens\n"
+              f"length   {cfg.max_iters:,} steps; {steps_per_epoch:.1f} steps an epoch of {len(self.train_data):,} "
+              f"windows\n"
+              f"device   {device_name(self.device)}; {str(self.dtype).removeprefix('torch.')}; "
+              f"{'compiled' if self.compiled else 'not compiled'}", flush=True)
+
+    def optimizer_step(self, x, y):
+        """One update from a step's windows x, y, int64 (sequences, block_size), on the CPU.
+
+        The loss is the mean over all the step's targets, however they fall into micro-batches. A
+        non-finite loss or gradient leaves weights and moments as they are.
+        """
+        cfg, step = self.cfg, self.progress.step
+        # Dropout depends on (seed, step) alone, not on what ran before.
+        torch.manual_seed(int(np.random.SeedSequence((cfg.seed, step)).generate_state(1)[0]))
+        lr = learning_rate_at(step, cfg)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        total = torch.zeros((), device=self.device)
+        n_targets = int((y >= 0).sum())
+        for x_micro, y_micro in zip(x.split(cfg.batch_size), y.split(cfg.batch_size)):
+            share = int((y_micro >= 0).sum()) / n_targets
+            x_micro, y_micro = (t.to(self.device, non_blocking=True) for t in (x_micro, y_micro))
+            with autocast(self.device, self.dtype):
+                loss = self.forward(x_micro, y_micro)[1] * share
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip or math.inf)
+        self.update_while_finite(total)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.progress.pending_losses.append(total)
+        self.progress.step += 1
+        self.timer.steps += 1
+        if self.device.type == "cpu":
+            self.check_finite()
+
+    def update_while_finite(self, loss):
+        """The optimizer's update, left out from the first non-finite loss or gradient on.
+
+        Fused AdamW reads found_inf on the device, so CUDA does not wait. The gradient scaler leaves
+        out updates by itself: infinite gradients are how it finds its scale.
+        """
+        finite = loss.isfinite() if self.scaler.is_enabled() else loss.isfinite() & self.grad_norm.isfinite()
+        self.first_bad_step = torch.where((self.first_bad_step < 0) & ~finite, self.progress.step, self.first_bad_step)
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        elif self.optimizer.defaults["fused"]:
+            self.optimizer.found_inf = (self.first_bad_step >= 0).float()
+            self.optimizer.step()
+        elif self.first_bad_step < 0:
+            self.optimizer.step()
+
+    def check_finite(self):
+        """Diverged if a step had a non-finite loss or gradient (waits for the device)."""
+        step = int(self.first_bad_step)
+        if step < 0:
+            return
+        saved = step_checkpoints(self.run_dir)
+        raise Diverged(
+            f"training diverged at step {step + 1}: loss or gradient is not finite (gradient norm "
+            f"{float(self.grad_norm):g}, learning rate {learning_rate_at(step, self.cfg):g}); "
+            f"last good checkpoint: {saved[-1] if saved else 'none'}; "
+            f"try a lower learning_rate, a longer warmup_iters or a smaller grad_clip")
+
+    def log(self):
+        """A progress line and scalars, with the mean loss over all micro-batches since the last one."""
+        self.check_finite()
+        cfg, step = self.cfg, self.progress.step
+        losses = torch.stack(self.progress.pending_losses).tolist()
+        self.progress.pending_losses.clear()
+        seconds_per_step = self.timer.lap()
+        loss, lr = sum(losses) / len(losses), learning_rate_at(step - 1, cfg)
+        tokens_per_second = self.sequences * cfg.block_size / seconds_per_step
+        scalars = {"train/loss": loss, "train/lr": lr, "train/grad_norm": float(self.grad_norm),
+                   "perf/tokens_per_sec": tokens_per_second}
+        if peak := peak_flops(self.device):
+            scalars["perf/mfu"] = tokens_per_second * self.model.flops_per_token() / peak
+        for tag, value in scalars.items():
+            self.writer.add_scalar(tag, value, step)
+        epoch, step_in_epoch, steps_in_epoch = self.position(step - 1)
+        n_epochs = math.ceil(cfg.max_iters * self.sequences / len(self.train_data))
+        print(f"epoch {epoch + 1}/{n_epochs} | step {step_in_epoch}/{steps_in_epoch} "
+              f"({step_in_epoch / steps_in_epoch:.1%}) | loss {loss:.4f} | ppl {perplexity(loss):.2f} | lr {lr:.2e} "
+              f"| tok/s {tokens_per_second:,.0f} | eta {duration((cfg.max_iters - step) * seconds_per_step)}", flush=True)
+
+    def position(self, step):
+        """(epoch, step within it counted from 1, the epoch's steps in this run) of step `step`, counted from 0."""
+        n_windows, sequences = len(self.train_data), self.sequences
+        epoch = step * sequences // n_windows
+        first = math.ceil(epoch * n_windows / sequences)
+        end = min(math.ceil((epoch + 1) * n_windows / sequences), self.cfg.max_iters)
+        return epoch, step - first + 1, end - first
+
+    def evaluate(self):
+        """Validate, record the figures and a sample, and keep the best model as best.pt."""
+        self.check_finite()
+        progress = self.progress
+        result = evaluate(self.forward, self.val_data, self.cfg.batch_size, self.device, self.dtype)
+        progress.val_loss = result.loss
+        better = progress.best_val_loss is None or result.loss < progress.best_val_loss
+        progress.evals_without_better = 0 if better else progress.evals_without_better + 1
+        if better:
+            progress.best_val_loss, progress.best_step = result.loss, progress.step
+            self.save("best.pt")
+        print(f"step {progress.step} | val loss {result.loss:.4f} | ppl {result.perplexity:.2f} | "
+              f"bits/byte {result.bits_per_byte:.4f}"
+              f" | {'best so far' if better else f'best {progress.best_val_loss:.4f} at {progress.best_step}'}",
+              flush=True)
+        self.writer.add_scalar("val/loss", result.loss, progress.step)
+        self.writer.add_scalar("val/perplexity", result.perplexity, progress.step)
+        self.writer.add_scalar("val/bits_per_byte", result.bits_per_byte, progress.step)
+        if self.cfg.sample_tokens:
+            self.writer.add_text("samples", f"<pre>{html.escape(self.sample())}</pre>", progress.step)
+
+    def sample(self):
+        """A text of sample_tokens tokens that continues the data's first token; the same for the same weights."""
+        generator = torch.Generator(self.device).manual_seed(self.cfg.seed)
+        start = torch.tensor([[int(self.corpus.val[0])]], device=self.device)
+        with autocast(self.device, self.dtype):
+            tokens = self.model.generate(start, self.cfg.sample_tokens, temperature=0.8, top_k=200, generator=generator)
+        return self.corpus.tokenizer.decode(tokens[0].tolist())
+
+    def finished(self):
+        """Whether the run has all its steps, or `patience` evaluations without a better loss."""
+        cfg, progress = self.cfg, self.progress
+        return progress.step >= cfg.max_iters or 0 < cfg.patience <= progress.evals_without_better
+
+    def print_end(self):
+        """How the run ended, a sample, and what to type next."""
+        progress = self.progress
+        early = f" (early: {progress.evals_without_better} evaluations without a better loss)"
+        print(f"finished at step {progress.step}{early if progress.step < self.cfg.max_iters else ''}; best val loss "
+              f"{progress.best_val_loss:.4f} at step {progress.best_step}\n\n{self.sample()}\n\n"
+              f"next:\n  python sample.py --ckpt {shlex.quote(str(self.run_dir / 'best.pt'))}\n"
+              f"  tensorboard --logdir {shlex.quote(self.cfg.log_dir)}")
+
+    def content(self):
+        """All that a checkpoint holds: tensors and primitives."""
+        return {
+            "model_state_dict": self.model.state_dict(), "optimizer_state_dict": self.optimizer.state_dict(),
+            "scaler_state_dict": self.scaler.state_dict(), "config": dataclasses.asdict(self.cfg),
+            "vocab_size": self.corpus.tokenizer.vocab_size, "tokenizer": self.corpus.tokenizer.state(),
+            "data_fingerprint": self.corpus.fingerprint,
+            "epoch": self.progress.step * self.sequences // len(self.train_data),
+            **vars(self.progress), "pending_losses": [float(loss) for loss in self.progress.pending_losses],
+        }
+
+    def save(self, name=None):
+        """Write a checkpoint, by default the step's own, and delete the ones that are too old."""
+        self.check_finite()
+        path = self.run_dir / name if name else step_path(self.run_dir, self.progress.step)
+        save_checkpoint(path, self.content())
+        prune_checkpoints(self.run_dir, self.cfg.keep_checkpoints)
+        return path
+
+
+class StepTimer:
+    """Mean seconds a step, with evaluations and saves left out."""
+
+    def __init__(self):
+        self.start, self.steps = time.perf_counter(), 0
+
+    def lap(self):
+        """Seconds a step since the last lap; the next lap starts here."""
+        now = time.perf_counter()
+        mean = (now - self.start) / max(1, self.steps)
+        self.start, self.steps = now, 0
+        return mean
+
+    @contextmanager
+    def left_out(self):
+        before = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - before
+
+
+class EpochTimer:
+    """Seconds an epoch, by CUDA events on CUDA and the wall clock elsewhere."""
+
+    def __init__(self, device):
+        self.cuda = device.type == "cuda"
+        self.start = self.now()
+
+    def now(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def lap(self):
+        start, self.start = self.start, self.now()
+        if not self.cuda:
+            return self.start - start
+        self.start.synchronize()
+        return start.elapsed_time(self.start) / 1000
+
+
+class StopSignals:
+    """While entered, the first SIGINT or SIGTERM is only noted, in `received`; a second one acts at once."""
+
+    def __enter__(self):
+        self.received, self.handlers = None, {}
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[signum] = signal.signal(signum, self.note)
+        return self
+
+    def note(self, signum, frame):
+        self.received = signum
+        self.__exit__()
+        print("\nstopping after this step (once more: at once)", file=sys.stderr)
+
+    def __exit__(self, *exception):
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
+
+
+def duration(seconds):
+    """Seconds in words: '48 s', '3 min 05 s', '2 h 10 min'."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def train(cfg):
+    """Train by a checked TrainConfig; return the finished Trainer.
+
+    Interrupted after SIGINT or SIGTERM, when the run has saved itself; Diverged on a non-finite loss
+    or gradient; UserError for data, checkpoints or folders that do not fit.
+    """
+    run = Trainer(cfg)
+    cfg, progress = run.cfg, run.progress
+    run.print_start()
+    batches = step_loader(run.train_data, run.sequences, cfg.seed, progress.step, cfg.max_iters,
+                          pin_memory=run.device.type == "cuda")
+    epoch_timer = EpochTimer(run.device)
+    with StopSignals() as signals, run.writer:
+        for x, y in batches if not run.finished() else ():
+            run.optimizer_step(x, y)
+            step = progress.step
+            if step == 1 or step % cfg.log_interval == 0:
+                run.log()
+            if run.position(step - 1)[0] != run.position(step)[0]:
+                print(f"epoch {run.position(step - 1)[0] + 1} took {duration(epoch_timer.lap())}", flush=True)
+            with run.timer.left_out():
+                if step == cfg.max_iters or step % cfg.eval_interval == 0:
+                    run.evaluate()
+                if run.finished() or signals.received or step % cfg.checkpoint_interval == 0:
+                    path = run.save()
+            if run.finished():
+                break
+            if signals.received:
+                print(f"stopped after step {step}, saved {path}")
+                raise Interrupted(signals.received)
+    return run
+
+
+def train_model(config_path=None, data_path=None, epochs=None, save_path=None, **fields):
+    """Train from Python: return (model, training data), the data with its `tokenizer`.
+
+    config_path: a config file. data_path: a UTF-8 text, prepared under its stem with the tokenizer of
+    the config's own data set. epochs and other `fields` win over the file. save_path: where the last
+    checkpoint is written too. UserError for what is wrong with any of them.
+    """
+    values = fields | ({} if epochs is None else {"epochs": epochs})
+    cfg, problems = load_config(config_path, values)
+    if problems:
+        raise UserError(*problems)
+    if data_path:
+        name = Path(data_path).stem
+        _, kind = CORPORA.get(cfg.dataset, (None, "char"))
+        split_and_write(read_texts([data_path]), name, kind, cfg.data_dir)
+        cfg = dataclasses.replace(cfg, dataset=name)
+    check(cfg)
+    run = train(cfg)
+    if save_path:
+        save_checkpoint(save_path, run.content())
+    return run.model, run.train_data
+
+
+def check(cfg, problems=()):
+    """UserError with all `problems` and those of the data and the machine, if there are any."""
+    problems = [*problems, *data_problems(cfg), *machine_problems(cfg)]
+    if problems:
+        raise UserError(*problems)
+
+
+def main(argv):
+    if {"--help", "-h"} & set(argv):
+        print(help_text())
+        return 0
+    cfg, problems = config_from_argv(argv)
+    check(cfg, problems)
+    try:
+        run = train(cfg)
+    except Diverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+    except Interrupted as stop:
+        again = [*argv, *([] if cfg.resume else ["--resume"])]
+        print(f"go on with: python train_gpt2.py {shlex.join(again)}")
+        return 128 + stop.signum
+    run.print_end()
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
