@@ -4,6 +4,7 @@ A config comes from three places, later ones winning: the defaults below, a conf
 assignments, `--field=value` on the command line. All problems are collected and reported together.
 """
 
+import argparse
 import ast
 import difflib
 import math
@@ -120,15 +121,20 @@ def check_value(name, value):
         value = float(value)
     if limits["choices"] and isinstance(value, str):
         value = value.lower()
-    wanted = f"{name} must be {describe(kind, limits)}{' or none' if optional else ''}, not {value!r}"
-    in_range = type(value) is kind and (kind is not float or math.isfinite(value)) and all((
+    if fits(value, kind, limits):
+        return value, None
+    return None, f"{name} must be {describe(kind, limits)}{' or none' if optional else ''}, not {value!r}"
+
+
+def fits(value, kind, limits):
+    """Whether `value` is of type `kind`, finite, and within the limits."""
+    return type(value) is kind and (kind is not float or math.isfinite(value)) and all((
         limits["low"] is None or value >= limits["low"],
         limits["above"] is None or value > limits["above"],
         limits["high"] is None or value <= limits["high"],
         limits["below"] is None or value < limits["below"],
         limits["choices"] is None or value in limits["choices"],
     ))
-    return (value, None) if in_range else (None, wanted)
 
 
 def parse_text(kind, text):
@@ -149,6 +155,19 @@ def describe(kind, limits):
     signs = {"low": ">=", "above": ">", "high": "<=", "below": "<"}
     bounds = [f"{sign} {limits[key]}" for key, sign in signs.items() if limits[key] is not None]
     return " ".join([words, " and ".join(bounds)]).strip()
+
+
+def number(kind, **bounds):
+    """An argparse `type` for an int or float within bounds (those of `knob`)."""
+    limits = dict.fromkeys(("low", "above", "high", "below", "choices")) | bounds
+
+    def parse(text):
+        value = parse_text(kind, text)
+        if not fits(value, kind, limits):
+            raise argparse.ArgumentTypeError(f"must be {describe(kind, limits)}, not {text!r}")
+        return value
+
+    return parse
 
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,

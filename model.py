@@ -8,7 +8,7 @@ Shapes: B sequences, T tokens, C = n_embd, H heads of size D = C / H, V = vocab_
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
@@ -42,6 +42,12 @@ class GPTConfig:
     def gpt2(cls, name, **changes):
         """The config of "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl"."""
         return cls(**GPT2_SIZES[name] | changes)
+
+    @classmethod
+    def of(cls, values, vocab_size):
+        """The config with this shape, from a dict that may hold other fields too (a training config)."""
+        names = [f.name for f in fields(cls) if f.name != "vocab_size"]
+        return cls(vocab_size=vocab_size, **{name: values[name] for name in names})
 
     @property
     def padded_vocab_size(self):
@@ -174,7 +180,7 @@ class GPT(nn.Module):
     def hidden(self, idx):
         """Final normalised states, (B, T, C), of tokens idx, int64 (B, T). ValueError if T > block_size."""
         T = idx.size(1)
-        if T > self.config.block_size:
+        if self.config.block_size < T:
             raise ValueError(f"{T} tokens are over block_size {self.config.block_size}")
         x = self.transformer.wte(idx)
         rotation = None

@@ -7,7 +7,7 @@
 import argparse
 from pathlib import Path
 
-from config import is_plain_name, nearest
+from config import is_plain_name, nearest, number
 from dataset import SPLITS, write_corpus
 from download import download
 from errors import UserError, run_script
@@ -115,29 +115,16 @@ def prepare(name, data_dir="data"):
     split_and_write(text_of(data_dir), name, tokenizer, data_dir)
 
 
-def fraction(text):
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
-
-
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
 def main(argv):
     parser = argparse.ArgumentParser(prog="prepare_data.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", nargs="?", metavar="NAME", help=f"one of {', '.join(CORPORA)}")
-    parser.add_argument("--input", nargs="+", metavar="FILE", help="your own UTF-8 text instead, several files in order")
+    parser.add_argument("--input", nargs="+", metavar="FILE", help="your own UTF-8 text, files in order")
     parser.add_argument("--name", help="the data set's name, needed unless NAME is taken as it is")
     parser.add_argument("--tokenizer", choices=("char", "gpt2"), help="default: NAME's own; char for --input")
-    parser.add_argument("--val_fraction", type=fraction, help="share of the text's end (default 0.1)")
-    parser.add_argument("--max_lines", type=positive, help="use the first so many lines only")
+    parser.add_argument("--val_fraction", type=number(float, above=0, below=1),
+                        help="share of the text, at its end (default 0.1)")
+    parser.add_argument("--max_lines", type=number(int, low=1), help="use the first so many lines only")
     parser.add_argument("--data_dir", default="data", help="default: data")
     args = parser.parse_args(argv)
     if (args.corpus is None) == (args.input is None):

@@ -25,10 +25,13 @@ class CharTokenizer:
     kind = "char"
 
     def __init__(self, itos):
-        """`itos`: the characters, by id."""
+        """`itos`: the characters, by id. ValueError if they are not different single characters."""
         self.itos = list(itos)
         self.stoi = {char: id for id, char in enumerate(self.itos)}
+        if not self.itos or len(self.stoi) < len(self.itos) or any(len(char) != 1 for char in self.itos):
+            raise ValueError("a character vocabulary is a list of different single characters")
         self.vocab_size = len(self.itos)
+        self.start = "\n" if "\n" in self.stoi else self.itos[0]  # what to continue when there is no prompt
         self.token_bytes = np.array([len(char.encode("utf-8", errors="surrogatepass")) for char in self.itos])
         self._points = code_points("".join(self.itos))
         self._ids = np.full(0x110000, UNKNOWN, dtype=np.int32)
@@ -60,6 +63,7 @@ class GPT2Tokenizer:
     """GPT-2's byte-level BPE (Radford et al. 2019) by tiktoken, built from the text of `vocab.bpe`."""
 
     kind = "gpt2"
+    start = "\n"
 
     def __init__(self, merges):
         """`merges`: the text of vocab.bpe, one merge a line after a version line."""

@@ -23,7 +23,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from checkpoint import load_newest, prune_checkpoints, save_checkpoint, step_checkpoints, step_path
-from config import TrainConfig, config_from_argv, help_text, load_config, nearest
+from config import config_from_argv, help_text, load_config, nearest
 from dataset import TokenDataset, read_corpus, read_meta, step_loader
 from device import autocast, choose_device, choose_dtype, device_name, peak_flops
 from errors import UserError, run_script
@@ -205,8 +205,7 @@ class Trainer:
         self.device = choose_device(cfg.device)
         self.dtype = choose_dtype(cfg.dtype, self.device)
         torch.manual_seed(cfg.seed)
-        shape = {name: getattr(cfg, name) for name in MODEL_FIELDS}
-        self.model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **shape)).to(self.device)
+        self.model = GPT(GPTConfig.of(vars(cfg), tokenizer.vocab_size)).to(self.device)
         self.optimizer = make_optimizer(self.model, cfg, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.progress = Progress()
@@ -215,8 +214,8 @@ class Trainer:
         if cfg.resume:
             self.restore()
         elif step_checkpoints(self.run_dir):
-            raise UserError(f"{self.run_dir} already holds checkpoints, up to {step_checkpoints(self.run_dir)[-1].name}: "
-                            f"--resume goes on from there, --run_name=NAME starts another run")
+            raise UserError(f"{self.run_dir} already holds checkpoints: --resume goes on from the newest "
+                            f"({step_checkpoints(self.run_dir)[-1].name}), --run_name=NAME starts another run")
         self.forward = self.compiled_model()
         self.writer = SummaryWriter(self.log_dir, purge_step=self.progress.step + 1)
         self.timer = StepTimer()
@@ -364,10 +363,11 @@ class Trainer:
         for tag, value in scalars.items():
             self.writer.add_scalar(tag, value, step)
         epoch, step_in_epoch, steps_in_epoch = self.position(step - 1)
-        n_epochs = math.ceil(cfg.max_iters * self.sequences / len(self.train_data))
+        n_epochs = self.position(cfg.max_iters - 1)[0] + 1
+        eta = duration((cfg.max_iters - step) * seconds_per_step)
         print(f"epoch {epoch + 1}/{n_epochs} | step {step_in_epoch}/{steps_in_epoch} "
               f"({step_in_epoch / steps_in_epoch:.1%}) | loss {loss:.4f} | ppl {perplexity(loss):.2f} | lr {lr:.2e} "
-              f"| tok/s {tokens_per_second:,.0f} | eta {duration((cfg.max_iters - step) * seconds_per_step)}", flush=True)
+              f"| tok/s {tokens_per_second:,.0f} | eta {eta}", flush=True)
 
     def position(self, step):
         """(epoch, step within it counted from 1, the epoch's steps in this run) of step `step`, counted from 0."""
@@ -399,12 +399,13 @@ class Trainer:
             self.writer.add_text("samples", f"<pre>{html.escape(self.sample())}</pre>", progress.step)
 
     def sample(self):
-        """A text of sample_tokens tokens that continues the data's first token; the same for the same weights."""
+        """A text of sample_tokens tokens out of nothing; the same text for the same weights."""
         generator = torch.Generator(self.device).manual_seed(self.cfg.seed)
-        start = torch.tensor([[int(self.corpus.val[0])]], device=self.device)
+        tokenizer = self.corpus.tokenizer
+        start = torch.tensor([tokenizer.encode(tokenizer.start).tolist()], device=self.device)
         with autocast(self.device, self.dtype):
             tokens = self.model.generate(start, self.cfg.sample_tokens, temperature=0.8, top_k=200, generator=generator)
-        return self.corpus.tokenizer.decode(tokens[0].tolist())
+        return tokenizer.decode(tokens[0].tolist())
 
     def finished(self):
         """Whether the run has all its steps, or `patience` evaluations without a better loss."""

@@ -15,7 +15,7 @@ pos = "sinusoidal"
 bias = False
 
 batch_size = 16
-max_iters = 1500
+max_iters = 1000
 stride = 32
 learning_rate = 2e-3
 warmup_iters = 100

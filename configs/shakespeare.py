@@ -1,0 +1,21 @@
+"""A small GPT-2 on TinyShakespeare by GPT-2's own byte-level BPE: 50,257 symbols, 302 thousand tokens."""
+
+dataset = "shakespeare"
+stride = 32
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+block_size = 128
+dropout = 0.2
+
+batch_size = 16
+max_iters = 700
+learning_rate = 2e-3
+warmup_iters = 50
+weight_decay = 0.1
+
+eval_interval = 100
+checkpoint_interval = 100
+log_interval = 20
+patience = 3

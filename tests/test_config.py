@@ -1,0 +1,94 @@
+from dataclasses import fields
+
+import pytest
+from conftest import ROOT, assert_refused, run
+
+from config import TrainConfig, check_value, config_from_argv, load_config
+
+
+def test_all_problems_are_reported_together(tmp_path):
+    config = tmp_path / "bad.py"
+    config.write_text("lerning_rate = 1e-3\nn_head = 5\nbatch_size = 'many'\nnorm = 'batchnorm'\n")
+    process = run("train_gpt2.py", config, "--n_embd=128", "--max_iter=3", "--beta1", "1.5", "--dataset=shakespere",
+                  "--device=tpu", cwd=tmp_path)
+    assert_refused(process, "lerning_rate (did you mean learning_rate?)", "bad.py:1",
+                   "--max_iter (did you mean max_iters?)",
+                   "n_embd=128 is not divisible by n_head=5", "batch_size must be an int >= 1, not 'many'",
+                   "norm must be one of layernorm, rmsnorm", "beta1 must be", "shakespere (did you mean shakespeare?)",
+                   "device must be", "8 problems")
+    assert list(tmp_path.iterdir()) == [config]
+
+
+def test_command_line_forms_win_over_the_file(tmp_path):
+    config = tmp_path / "mine.py"
+    config.write_text('"""A docstring."""\nn_layer = 3\nmax_iters = 5 * 8  # arithmetic\nmin_lr = max_iters / 1e6\n')
+    cfg, problems = config_from_argv([str(config), "--n_layer=7", "--dropout", "0.5", "--resume", "--bias=False",
+                                      "--epochs=none"])
+    assert problems == []
+    assert (cfg.n_layer, cfg.dropout, cfg.resume, cfg.bias, cfg.epochs) == (7, 0.5, True, False, None)
+    assert (cfg.max_iters, cfg.min_lr, cfg.run_name) == (40, 4e-5, "mine")
+
+
+@pytest.mark.parametrize("line", [
+    "import os", "batch_size = __import__('os').getpid()", "seed = open('x', 'w')", "n_layer += 1", "a, b = 1, 2",
+    "batch_size = [1][0]", "max_iters = 2 ** 9", "dataset = 'a' * 9", "seed = unknown", "batch_size: int = 3", "x = (",
+    "max_iters = 1 // 0", "seed = -'a'", "run_name = lambda: 0",
+])
+def test_a_config_file_is_read_not_run(tmp_path, line):
+    config = tmp_path / "c.py"
+    config.write_text(line)
+    cfg, problems = load_config(str(config))
+    assert len(problems) == 1 and "c.py" in problems[0]
+    assert cfg == TrainConfig(run_name="c")
+    assert list(tmp_path.iterdir()) == [config]
+
+
+@pytest.mark.parametrize("name, value, good", [
+    ("n_layer", "3", 3), ("n_layer", 3, 3), ("n_layer", 3.0, None), ("n_layer", "3.5", None), ("n_layer", True, None),
+    ("n_layer", 0, None), ("learning_rate", 1, 1.0), ("learning_rate", "1e-3", 1e-3), ("learning_rate", "nan", None),
+    ("learning_rate", float("inf"), None), ("bias", "true", True), ("bias", 1, None), ("compile", True, "true"),
+    ("compile", "AUTO", "auto"), ("compile", "maybe", None), ("dropout", 1.0, None), ("dataset", 3, None),
+    ("seed", 2**32, None), ("n_layer", None, None), ("n_layer", "none", None),
+])
+def test_values_have_their_type_and_range(name, value, good):
+    result, problem = check_value(name, value)
+    assert result == good and type(result) is type(good)
+    assert (problem is None) == (good is not None)
+    if problem:
+        assert problem.startswith(f"{name} must be")
+
+
+def test_optional_fields_take_none():
+    assert check_value("stride", "none") == (None, None)
+    assert check_value("stride", None) == (None, None)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--pos=rope", "--n_embd=12", "--n_head=4"], "even head size"),
+    (["--stride=500"], "stride=500 is over block_size"),
+    (["--min_lr=1"], "min_lr=1.0 is over learning_rate"),
+    (["--run_name=../up"], "plain directory name"),
+    (["--dataset=.."], "plain directory name"),
+    (["--n_layer"], "--n_layer needs a value"),
+    (["a.py", "b.py"], "unexpected argument 'b.py'"),
+])
+def test_impossible_combinations(flags, words):
+    _, problems = config_from_argv(flags)
+    assert any(words in problem for problem in problems), problems
+
+
+def test_missing_config_file(tmp_path):
+    assert_refused(run("train_gpt2.py", "configs/nosuch.py", cwd=tmp_path), "configs/nosuch.py", "No such file")
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.py")), ids=lambda path: path.stem)
+def test_every_config_is_valid(path):
+    cfg, problems = load_config(str(path))
+    assert problems == [] and cfg.run_name == path.stem
+
+
+def test_help_lists_every_field(tmp_path):
+    process = run("train_gpt2.py", "--help", cwd=tmp_path)
+    assert process.returncode == 0
+    for field in fields(TrainConfig):
+        assert f"--{field.name} " in process.stdout and field.metadata["help"] in process.stdout
