@@ -8,16 +8,15 @@ import argparse
 import ast
 import difflib
 import math
-import operator
 import typing
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 
-def knob(default, help, *, low=None, above=None, high=None, below=None, choices=None):
-    """A dataclass field with its help line and the values it may take (bounds on the number)."""
-    bounds = {"low": low, "above": above, "high": high, "below": below}
-    return field(default=default, metadata={"help": help, "choices": choices, **bounds})
+def knob(default, help, *, low=None, above=None, below=None, choices=None):
+    """A dataclass field with its help line and the values it may take: low <= value, above < value < below."""
+    limits = {"low": low, "above": above, "below": below, "choices": choices}
+    return field(default=default, metadata={"help": help, **limits})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,21 +105,22 @@ def nearest(name, names):
     return f" (did you mean {close[0]}?)" if close else ""
 
 
+def kind_of(name):
+    """(type, whether None is allowed) of a field."""
+    kind, *none = typing.get_args(TYPES[name]) or (TYPES[name],)
+    return kind, bool(none)
+
+
 def check_value(name, value):
-    """Return (value in the field's type, None) or (None, what is wrong). Text values are parsed."""
-    kinds = typing.get_args(TYPES[name]) or (TYPES[name],)
-    kind, optional = kinds[0], type(None) in kinds
+    """Return (value in the field's type, None) or (None, what is wrong)."""
+    kind, optional = kind_of(name)
     limits = FIELDS[name].metadata
-    if optional and (value is None or (isinstance(value, str) and value.lower() == "none")):
+    if value is None and optional:
         return None, None
-    if kind is str and isinstance(value, bool):
+    if kind is str and type(value) is bool:
         value = str(value).lower()  # compile = True in a config file
-    elif kind is not str and isinstance(value, str):
-        value = parse_text(kind, value)
     if kind is float and type(value) is int:
         value = float(value)
-    if limits["choices"] and isinstance(value, str):
-        value = value.lower()
     if fits(value, kind, limits):
         return value, None
     return None, f"{name} must be {describe(kind, limits)}{' or none' if optional else ''}, not {value!r}"
@@ -131,7 +131,6 @@ def fits(value, kind, limits):
     return type(value) is kind and (kind is not float or math.isfinite(value)) and all((
         limits["low"] is None or value >= limits["low"],
         limits["above"] is None or value > limits["above"],
-        limits["high"] is None or value <= limits["high"],
         limits["below"] is None or value < limits["below"],
         limits["choices"] is None or value in limits["choices"],
     ))
@@ -139,12 +138,18 @@ def fits(value, kind, limits):
 
 def parse_text(kind, text):
     """The int, float or bool that `text` spells, or `text` itself where it spells none."""
-    if kind is bool:
-        return {"true": True, "false": False, "1": True, "0": False}.get(text.lower(), text)
     try:
-        return kind(text)
-    except ValueError:
+        return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError):
         return text
+
+
+def parse_flag(name, text):
+    """The value that `text` means for a field, or `text` itself where it means none."""
+    kind, optional = kind_of(name)
+    if optional and text.lower() == "none":
+        return None
+    return text.lower() if FIELDS[name].metadata["choices"] else parse_text(kind, text)
 
 
 def describe(kind, limits):
@@ -152,14 +157,14 @@ def describe(kind, limits):
     if limits["choices"]:
         return "one of " + ", ".join(limits["choices"])
     words = {int: "an int", float: "a finite float", str: "text", bool: "true or false"}[kind]
-    signs = {"low": ">=", "above": ">", "high": "<=", "below": "<"}
+    signs = {"low": ">=", "above": ">", "below": "<"}
     bounds = [f"{sign} {limits[key]}" for key, sign in signs.items() if limits[key] is not None]
     return " ".join([words, " and ".join(bounds)]).strip()
 
 
 def number(kind, **bounds):
     """An argparse `type` for an int or float within bounds (those of `knob`)."""
-    limits = dict.fromkeys(("low", "above", "high", "below", "choices")) | bounds
+    limits = dict.fromkeys(("low", "above", "below", "choices")) | bounds
 
     def parse(text):
         value = parse_text(kind, text)
@@ -168,27 +173,6 @@ def number(kind, **bounds):
         return value
 
     return parse
-
-
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-             ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv}
-
-
-def evaluate_node(node, names):
-    """Value of an expression of literals, earlier names and + - * / // on numbers, else ValueError."""
-    if isinstance(node, ast.Constant):
-        return node.value
-    if isinstance(node, ast.Name) and node.id in names:
-        return names[node.id]
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        operand = evaluate_node(node.operand, names)
-        if type(operand) in (int, float):
-            return -operand
-    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-        left, right = evaluate_node(node.left, names), evaluate_node(node.right, names)
-        if type(left) in (int, float) and type(right) in (int, float):
-            return OPERATORS[type(node.op)](left, right)
-    raise ValueError("only numbers, text, True, False, None and + - * / // of numbers are understood")
 
 
 def read_config_file(path):
@@ -213,14 +197,14 @@ def read_config_file(path):
             problems.append(f"{where}: unknown field {name}{nearest(name, FIELDS)}")
             continue
         try:
-            values[name] = evaluate_node(statement.value, values)
-        except (ValueError, ArithmeticError, RecursionError) as error:
-            problems.append(f"{where}: {name}: {error}")
+            values[name] = ast.literal_eval(statement.value)
+        except (ValueError, TypeError, RecursionError):
+            problems.append(f"{where}: {name} must be given as a plain value: a number, text, True, False or None")
     return values, problems
 
 
 def read_command_line(argv):
-    """Return (config file or None, values as text, problems) of `[CONFIG.py] [--field=value …]`."""
+    """Return (config file or None, values, problems) of `[CONFIG.py] [--field=value …]`."""
     path, values, problems = None, {}, []
     tokens = list(argv)
     while tokens:
@@ -231,17 +215,18 @@ def read_command_line(argv):
             path = path or token
             continue
         name, equals, value = token[2:].partition("=")
-        if not equals and tokens and not tokens[0].startswith("--") and TYPES.get(name) is not bool:
-            value = tokens.pop(0)
-        elif not equals and TYPES.get(name) is bool:
-            value = tokens.pop(0) if tokens and tokens[0].lower() in ("true", "false") else "true"
-        elif not equals and name in FIELDS:
-            problems.append(f"--{name} needs a value")
-            continue
-        if name in FIELDS:
-            values[name] = value
-        else:
+        if name not in FIELDS:
             problems.append(f"unknown flag --{name}{nearest(name, FIELDS)}")
+        is_switch = kind_of(name)[0] is bool if name in FIELDS else False
+        is_value = tokens and not tokens[0].startswith("--") and (not is_switch or tokens[0].lower() in ("true", "false"))
+        if not equals and is_value:
+            equals, value = True, tokens.pop(0)
+        elif not equals and is_switch:
+            equals, value = True, "true"
+        if name in FIELDS and equals:
+            values[name] = parse_flag(name, value)
+        elif name in FIELDS:
+            problems.append(f"--{name} needs a value")
     return path, values, problems
 
 

@@ -35,6 +35,8 @@ MODEL_FIELDS = [f.name for f in dataclasses.fields(GPTConfig) if f.name != "voca
 # What may differ between a run and its resumption without a word.
 PLACE_FIELDS = {"resume", "data_dir", "out_dir", "log_dir", "run_name"}
 
+STEPS_TO_JUDGE_BY = 10  # before the expected time is told
+
 
 class Diverged(Exception):
     """The loss or the gradient is not finite any more; the message says where."""
@@ -122,38 +124,34 @@ def set_lengths(cfg, n_windows):
     )
 
 
-def data_problems(cfg):
-    """What is wrong with cfg.dataset, as far as it can be told without preparing it (a list of str)."""
+def check_corpus(cfg):
+    """UserError if cfg.dataset is unknown or, as far as it is prepared, does not fit cfg."""
     folder = Path(cfg.data_dir) / cfg.dataset
-    if folder.is_dir():
+    if (folder / "meta.json").exists():
+        check_length(cfg, read_meta(folder)["splits"]["train"]["tokens"])
+    elif cfg.dataset not in CORPORA:
+        known = sorted({*CORPORA, *(path.parent.name for path in Path(cfg.data_dir).glob("*/meta.json"))})
+        raise UserError(f"unknown dataset {cfg.dataset}{nearest(cfg.dataset, known)}: there are {', '.join(known)}; "
+                        f"prepare_data.py makes others")
+
+
+def check_length(cfg, n_train):
+    """UserError if a training split of `n_train` tokens does not fill one window."""
+    if n_train <= cfg.block_size:
+        raise UserError(f"block_size={cfg.block_size} is over the data's length: {cfg.dataset} has {n_train} training "
+                        f"tokens, and a window takes {cfg.block_size + 1}")
+
+
+def check(cfg, problems=()):
+    """UserError with all `problems` and those of the data and the machine, if there are any."""
+    problems = list(problems)
+    for test in (check_corpus, lambda cfg: choose_dtype(cfg.dtype, choose_device(cfg.device))):
         try:
-            tokens = read_meta(folder)["splits"]["train"]["tokens"]
+            test(cfg)
         except UserError as error:
-            return [] if cfg.dataset in CORPORA else [str(error)]
-        return length_problems(cfg, tokens)
-    if cfg.dataset in CORPORA:
-        return []
-    made = [path.parent.name for path in Path(cfg.data_dir).glob("*/meta.json")]
-    known = sorted({*CORPORA, *made})
-    return [f"unknown dataset {cfg.dataset}{nearest(cfg.dataset, known)}: there are {', '.join(known)}; "
-            f"prepare_data.py makes others"]
-
-
-def length_problems(cfg, n_train):
-    """Whether the training split, of `n_train` tokens, fills one window (a list of str)."""
-    if n_train > cfg.block_size:
-        return []
-    return [f"block_size={cfg.block_size} is over the data's length: {cfg.dataset} has {n_train} training tokens, "
-            f"and a window takes {cfg.block_size + 1}"]
-
-
-def machine_problems(cfg):
-    """What is wrong with cfg.device and cfg.dtype on this machine (a list of str)."""
-    try:
-        choose_dtype(cfg.dtype, choose_device(cfg.device))
-    except UserError as error:
-        return [str(error)]
-    return []
+            problems += error.problems
+    if problems:
+        raise UserError(*problems)
 
 
 def open_corpus(cfg):
@@ -163,9 +161,7 @@ def open_corpus(cfg):
         print(f"data set {cfg.dataset} is not prepared yet: preparing it")
         prepare(cfg.dataset, cfg.data_dir)
     corpus = read_corpus(folder)
-    problems = length_problems(cfg, len(corpus.train))
-    if problems:
-        raise UserError(*problems)
+    check_length(cfg, len(corpus.train))
     return corpus
 
 
@@ -286,6 +282,12 @@ class Trainer:
               f"windows\n"
               f"device   {device_name(self.device)}; {str(self.dtype).removeprefix('torch.')}; "
               f"{'compiled' if self.compiled else 'not compiled'}", flush=True)
+
+    def print_expected_time(self):
+        """How long the steps to come will take, by the last few."""
+        float(self.grad_norm)  # waits for the device
+        left = (self.cfg.max_iters - self.progress.step) * self.timer.mean()
+        print(f"expected time: {duration(left)} for the steps left, evaluations not counted", flush=True)
 
     def optimizer_step(self, x, y):
         """One update from a step's windows x, y, int64 (sequences, block_size), on the CPU.
@@ -449,10 +451,12 @@ class StepTimer:
 
     def lap(self):
         """Seconds a step since the last lap; the next lap starts here."""
-        now = time.perf_counter()
-        mean = (now - self.start) / max(1, self.steps)
-        self.start, self.steps = now, 0
+        mean = self.mean()
+        self.start, self.steps = time.perf_counter(), 0
         return mean
+
+    def mean(self):
+        return (time.perf_counter() - self.start) / max(1, self.steps)
 
     @contextmanager
     def left_out(self):
@@ -461,26 +465,21 @@ class StepTimer:
         self.start += time.perf_counter() - before
 
 
-class EpochTimer:
-    """Seconds an epoch, by CUDA events on CUDA and the wall clock elsewhere."""
+def mark(device):
+    """A point in time on `device`: a CUDA event, elsewhere the clock's seconds."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
-    def __init__(self, device):
-        self.cuda = device.type == "cuda"
-        self.start = self.now()
 
-    def now(self):
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def lap(self):
-        start, self.start = self.start, self.now()
-        if not self.cuda:
-            return self.start - start
-        self.start.synchronize()
-        return start.elapsed_time(self.start) / 1000
+def seconds_between(start, end):
+    """Seconds between two marks (waits for the device)."""
+    if isinstance(end, float):
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
 
 
 class StopSignals:
@@ -524,15 +523,19 @@ def train(cfg):
     run.print_start()
     batches = step_loader(run.train_data, run.sequences, cfg.seed, progress.step, cfg.max_iters,
                           pin_memory=run.device.type == "cuda")
-    epoch_timer = EpochTimer(run.device)
+    first_step, epoch_start = progress.step, mark(run.device)
     with StopSignals() as signals, run.writer:
         for x, y in batches if not run.finished() else ():
             run.optimizer_step(x, y)
             step = progress.step
+            if step == first_step + STEPS_TO_JUDGE_BY:
+                run.print_expected_time()
             if step == 1 or step % cfg.log_interval == 0:
                 run.log()
-            if run.position(step - 1)[0] != run.position(step)[0]:
-                print(f"epoch {run.position(step - 1)[0] + 1} took {duration(epoch_timer.lap())}", flush=True)
+            if run.position(step)[0] != run.position(step - 1)[0]:
+                epoch_end = mark(run.device)
+                print(f"epoch took {duration(seconds_between(epoch_start, epoch_end))}", flush=True)
+                epoch_start = epoch_end
             with run.timer.left_out():
                 if step == cfg.max_iters or step % cfg.eval_interval == 0:
                     run.evaluate()
@@ -567,13 +570,6 @@ def train_model(config_path=None, data_path=None, epochs=None, save_path=None, *
     if save_path:
         save_checkpoint(save_path, run.content())
     return run.model, run.train_data
-
-
-def check(cfg, problems=()):
-    """UserError with all `problems` and those of the data and the machine, if there are any."""
-    problems = [*problems, *data_problems(cfg), *machine_problems(cfg)]
-    if problems:
-        raise UserError(*problems)
 
 
 def main(argv):

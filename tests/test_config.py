@@ -21,7 +21,7 @@ def test_all_problems_are_reported_together(tmp_path):
 
 def test_command_line_forms_win_over_the_file(tmp_path):
     config = tmp_path / "mine.py"
-    config.write_text('"""A docstring."""\nn_layer = 3\nmax_iters = 5 * 8  # arithmetic\nmin_lr = max_iters / 1e6\n')
+    config.write_text('"""A docstring."""\nn_layer = 3\nmax_iters = 40  # steps\nmin_lr = 4e-5\n')
     cfg, problems = config_from_argv([str(config), "--n_layer=7", "--dropout", "0.5", "--resume", "--bias=False",
                                       "--epochs=none"])
     assert problems == []
@@ -31,8 +31,8 @@ def test_command_line_forms_win_over_the_file(tmp_path):
 
 @pytest.mark.parametrize("line", [
     "import os", "batch_size = __import__('os').getpid()", "seed = open('x', 'w')", "n_layer += 1", "a, b = 1, 2",
-    "batch_size = [1][0]", "max_iters = 2 ** 9", "dataset = 'a' * 9", "seed = unknown", "batch_size: int = 3", "x = (",
-    "max_iters = 1 // 0", "seed = -'a'", "run_name = lambda: 0",
+    "batch_size = [1][0]", "max_iters = 2 ** 9", "dataset = 'a' * 9", "seed = n_layer", "batch_size: int = 3", "x = (",
+    "seed = -'a'", "run_name = lambda: 0", "n_head = {[]: 1}",
 ])
 def test_a_config_file_is_read_not_run(tmp_path, line):
     config = tmp_path / "c.py"
@@ -44,11 +44,11 @@ def test_a_config_file_is_read_not_run(tmp_path, line):
 
 
 @pytest.mark.parametrize("name, value, good", [
-    ("n_layer", "3", 3), ("n_layer", 3, 3), ("n_layer", 3.0, None), ("n_layer", "3.5", None), ("n_layer", True, None),
-    ("n_layer", 0, None), ("learning_rate", 1, 1.0), ("learning_rate", "1e-3", 1e-3), ("learning_rate", "nan", None),
-    ("learning_rate", float("inf"), None), ("bias", "true", True), ("bias", 1, None), ("compile", True, "true"),
-    ("compile", "AUTO", "auto"), ("compile", "maybe", None), ("dropout", 1.0, None), ("dataset", 3, None),
-    ("seed", 2**32, None), ("n_layer", None, None), ("n_layer", "none", None),
+    ("n_layer", 3, 3), ("n_layer", 3.0, None), ("n_layer", "3", None), ("n_layer", True, None), ("n_layer", [3], None),
+    ("n_layer", 0, None), ("learning_rate", 1, 1.0), ("learning_rate", float("nan"), None), ("bias", True, True),
+    ("learning_rate", float("inf"), None), ("bias", 1, None), ("bias", "true", None), ("compile", True, "true"),
+    ("compile", "maybe", None), ("dropout", 1.0, None), ("dataset", 3, None), ("seed", 2**32, None),
+    ("n_layer", None, None),
 ])
 def test_values_have_their_type_and_range(name, value, good):
     result, problem = check_value(name, value)
@@ -58,9 +58,25 @@ def test_values_have_their_type_and_range(name, value, good):
         assert problem.startswith(f"{name} must be")
 
 
-def test_optional_fields_take_none():
-    assert check_value("stride", "none") == (None, None)
-    assert check_value("stride", None) == (None, None)
+@pytest.mark.parametrize("flag, field, value", [
+    ("--n_layer=3", "n_layer", 3), ("--learning_rate=1e-3", "learning_rate", 1e-3), ("--stride=none", "stride", None),
+    ("--stride=8", "stride", 8), ("--compile=AUTO", "compile", "auto"), ("--compile=True", "compile", "true"),
+    ("--bias=false", "bias", False), ("--bias", "bias", True), ("--dataset=pydoc", "dataset", "pydoc"),
+    ("--n_layer=3.5", "n_layer", None), ("--n_layer=none", "n_layer", None), ("--bias=1", "bias", None),
+    ("--learning_rate=nan", "learning_rate", None), ("--seed=x", "seed", None), ("--n_layer=", "n_layer", None),
+])
+def test_flags_are_parsed_by_their_field(flag, field, value):
+    cfg, problems = config_from_argv([flag])
+    if value is None and field != "stride":
+        assert len(problems) == 1 and problems[0].startswith(f"{field} must be")
+    else:
+        assert problems == [] and getattr(cfg, field) == value
+
+
+def test_a_switch_takes_no_other_word():
+    cfg, problems = config_from_argv(["--resume", "configs/nosuch.py", "--bias", "false"])
+    assert cfg.resume is True and cfg.bias is False
+    assert problems == ["cannot read config file configs/nosuch.py: No such file or directory"]
 
 
 @pytest.mark.parametrize("flags, words", [

@@ -11,8 +11,8 @@ def alone(tmp_path_factory, data_dir):
     """A folder with the scripts and one checkpoint, and nothing else."""
     folder = tmp_path_factory.mktemp("alone")
     process = run("train_gpt2.py", "--dataset=tiny", f"--data_dir={data_dir}", "--n_layer=1", "--n_embd=32",
-                  "--max_iters=60", "--block_size=32", "--learning_rate=1e-2", "--warmup_iters=5", "--run_name=r", "--sample_tokens=0",
-                  "--device=cpu", cwd=folder)
+                  "--max_iters=60", "--block_size=32", "--learning_rate=1e-2", "--warmup_iters=5", "--run_name=r",
+                  "--sample_tokens=0", "--device=cpu", cwd=folder)
     assert process.returncode == 0, process.stderr
     shutil.move(folder / "checkpoints/r/best.pt", folder / "model.pt")
     shutil.rmtree(folder / "checkpoints")
