@@ -218,8 +218,8 @@ def read_command_line(argv):
         if name not in FIELDS:
             problems.append(f"unknown flag --{name}{nearest(name, FIELDS)}")
         is_switch = kind_of(name)[0] is bool if name in FIELDS else False
-        is_value = tokens and not tokens[0].startswith("--") and (not is_switch or tokens[0].lower() in ("true", "false"))
-        if not equals and is_value:
+        follows = tokens and (tokens[0].lower() in ("true", "false") if is_switch else not tokens[0].startswith("--"))
+        if not equals and follows:
             equals, value = True, tokens.pop(0)
         elif not equals and is_switch:
             equals, value = True, "true"
