@@ -18,7 +18,7 @@ KEYS = ("model_state_dict", "optimizer_state_dict", "config", "vocab_size", "tok
 
 
 def save_checkpoint(path, content):
-    """Write `content`, a dict of tensors and primitives, to `path`: whole, or not at all."""
+    """Write `content`, a dict of tensors and primitives, to `path`: whole, or not at all (OSError)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
@@ -28,6 +28,10 @@ def save_checkpoint(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # torch.save wraps what writing the file met
+            raise error.__context__ from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
@@ -39,6 +43,12 @@ def sync_directory(folder):
         handle = os.open(folder, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
+
+
+def remove_leftovers(run_dir):
+    """Delete what a killed process was writing."""
+    for path in Path(run_dir).glob("*" + TEMPORARY_SUFFIX):
+        path.unlink()
 
 
 def step_path(run_dir, step):

@@ -12,6 +12,8 @@ import typing
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+MOST_STEPS = 10**8  # checkpoint names have eight digits
+
 
 def knob(default, help, *, low=None, above=None, below=None, choices=None):
     """A dataclass field with its help line and the values it may take: low <= value, above < value < below."""
@@ -28,10 +30,10 @@ class TrainConfig:
     data_dir: str = knob("data", "where data sets lie")
     stride: int | None = knob(None, "tokens from one training window's start to the next; none: block_size", low=1)
     # model
-    n_layer: int = knob(4, "transformer blocks", low=1)
-    n_head: int = knob(4, "attention heads", low=1)
-    n_embd: int = knob(128, "width of the residual stream", low=1)
-    block_size: int = knob(128, "context length", low=1)
+    n_layer: int = knob(4, "transformer blocks", low=1, below=10_000)
+    n_head: int = knob(4, "attention heads", low=1, below=2**16)
+    n_embd: int = knob(128, "width of the residual stream", low=1, below=2**17)
+    block_size: int = knob(128, "context length", low=1, below=2**24)
     dropout: float = knob(0.0, "dropout probability", low=0, below=1)
     bias: bool = knob(True, "biases in linear layers and LayerNorm")
     norm: str = knob("layernorm", "normalisation", choices=("layernorm", "rmsnorm"))
@@ -39,11 +41,11 @@ class TrainConfig:
     pos: str = knob("learned", "positions", choices=("learned", "sinusoidal", "rope"))
     tie_weights: bool = knob(True, "share the token embedding with the output layer")
     # length of the run
-    max_iters: int | None = knob(None, "stop after this many optimizer steps", low=1)
+    max_iters: int | None = knob(None, "stop after this many optimizer steps", low=1, below=MOST_STEPS)
     epochs: float | None = knob(None, "stop after this many passes over the training windows (with max_iters: "
                                       "whichever ends first; with neither: one)", above=0)
-    batch_size: int = knob(16, "sequences in one forward pass", low=1)
-    gradient_accumulation_steps: int = knob(1, "forward passes in one optimizer step", low=1)
+    batch_size: int = knob(16, "sequences in one forward pass", low=1, below=2**20)
+    gradient_accumulation_steps: int = knob(1, "forward passes in one optimizer step", low=1, below=2**20)
     # optimizer
     learning_rate: float = knob(1e-3, "peak learning rate", low=0)
     min_lr: float | None = knob(None, "learning rate at the end of the decay; none: learning_rate / 10", low=0)
@@ -57,7 +59,7 @@ class TrainConfig:
     eval_interval: int = knob(250, "steps from one evaluation to the next", low=1)
     eval_tokens: int | None = knob(None, "evaluate on the first so many validation tokens; none: on all", low=2)
     patience: int = knob(0, "stop after so many evaluations without a better loss; 0: never", low=0)
-    sample_tokens: int = knob(200, "length of the sample written at each evaluation; 0: none", low=0)
+    sample_tokens: int = knob(200, "length of the sample written at each evaluation; 0: none", low=0, below=2**20)
     log_interval: int = knob(50, "steps from one progress line to the next", low=1)
     checkpoint_interval: int = knob(250, "steps from one checkpoint to the next", low=1)
     keep_checkpoints: int = knob(2, "newest checkpoints kept, beside the best", low=1)
@@ -91,12 +93,14 @@ CROSS_CHECKS = [
     (("run_name",), lambda c: c.run_name is None or is_plain_name(c.run_name),
      "run_name={run_name!r} must be a plain directory name"),
     (("dataset",), lambda c: is_plain_name(c.dataset), "dataset={dataset!r} must be a plain directory name"),
+    (("data_dir", "out_dir", "log_dir"), lambda c: (c.data_dir + c.out_dir + c.log_dir).isprintable(),
+     "data_dir={data_dir!r}, out_dir={out_dir!r} and log_dir={log_dir!r} must be printable paths"),
 ]
 
 
 def is_plain_name(name):
-    """Whether `name` can be one directory's name: no separators, not hidden, printable."""
-    return bool(name) and name == Path(name).name and not name.startswith(".") and name.isprintable()
+    """Whether `name` can be one directory's name: no separators, not hidden, printable, not too long."""
+    return name == Path(name).name and not name.startswith(".") and name.isprintable() and 0 < len(name.encode()) < 200
 
 
 def nearest(name, names):
@@ -129,6 +133,7 @@ def check_value(name, value):
 def fits(value, kind, limits):
     """Whether `value` is of type `kind`, finite, and within the limits."""
     return type(value) is kind and (kind is not float or math.isfinite(value)) and all((
+        kind is not int or abs(value) <= 2**32,
         limits["low"] is None or value >= limits["low"],
         limits["above"] is None or value > limits["above"],
         limits["below"] is None or value < limits["below"],

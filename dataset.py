@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from errors import UserError
+from files import lock_folder, sha256_of
 from tokenizer import tokenizer_from_state
 
 FORMAT_VERSION = 1
@@ -24,31 +24,35 @@ SPLITS = ("train", "val")
 IGNORED = -1  # target that counts in no loss
 
 
-def sha256_of(path):
-    """Hex sha256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_corpus(folder, tokenizer, ids):
-    """Write {split: ids} with their tokenizer as a data set into `folder`; meta.json is renamed into place last."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write {split: ids} with their tokenizer as a data set into `folder`; meta.json is renamed into place last.
+
+    UserError where the folder cannot be written.
+    """
+    with lock_folder(folder):
+        temporary = Path(folder) / ".writing"
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
+            temporary.mkdir()
+            write_files(temporary, tokenizer, ids)
+            for name in (*(f"{split}.bin" for split in SPLITS), "meta.json"):
+                os.replace(temporary / name, Path(folder) / name)
+        except OSError as error:
+            raise UserError(f"cannot write the data set {folder}: {error.strerror}") from None
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_files(folder, tokenizer, ids):
+    """Write train.bin, val.bin and meta.json into an empty folder."""
     meta = {"format_version": FORMAT_VERSION, "vocab_size": tokenizer.vocab_size,
             "tokenizer": tokenizer.state(), "splits": {}}
-    temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
-    try:
-        for split in SPLITS:
-            file = temporary / f"{split}.bin"
-            ids[split].astype("<u2").tofile(file)
-            meta["splits"][split] = {"tokens": len(ids[split]), "bytes": int(tokenizer.token_bytes[ids[split]].sum()),
-                                     "sha256": sha256_of(file)}
-        (temporary / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        (folder / "meta.json").unlink(missing_ok=True)  # never an old meta.json over new tokens
-        for name in ("train.bin", "val.bin", "meta.json"):
-            os.replace(temporary / name, folder / name)
-    finally:
-        shutil.rmtree(temporary)
+    for split in SPLITS:
+        file = folder / f"{split}.bin"
+        ids[split].astype("<u2").tofile(file)
+        meta["splits"][split] = {"tokens": len(ids[split]), "bytes": int(tokenizer.token_bytes[ids[split]].sum()),
+                                 "sha256": sha256_of(file)}
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_meta(folder):
@@ -59,7 +63,7 @@ def read_meta(folder):
         meta = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{folder} is not a prepared data set (no meta.json): run prepare_data.py") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}; {again}") from None
     try:
         if meta["format_version"] != FORMAT_VERSION:

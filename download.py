@@ -1,15 +1,14 @@
 """Files from the network, checked by sha256 before they get their name."""
 
 import os
-import tempfile
 import time
 from pathlib import Path
 
 import requests
 from tqdm import tqdm
 
-from dataset import sha256_of
 from errors import UserError
+from files import lock_folder, sha256_of
 
 TIMEOUTS = (10, 30)  # seconds to connect, and between two pieces of data
 ATTEMPTS = 3
@@ -30,23 +29,25 @@ def download(url, path, sha256, backoff=1.0):
         if sha256_of(path) != sha256:
             raise UserError(f"{path} is not the expected file (its sha256 differs); remove it. {by_hand}")
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for attempt in range(ATTEMPTS):
-        if attempt:
-            time.sleep(backoff * 2 ** (attempt - 1))
-        problem, transient = fetch(url, path, sha256)
-        if not problem:
+    with lock_folder(path.parent):
+        if path.exists():  # another process has just fetched it
             return path
-        if not transient:
-            break
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                time.sleep(backoff * 2 ** (attempt - 1))
+            problem, transient = fetch(url, path, sha256)
+            if not problem:
+                return path
+            if not transient:
+                break
     raise UserError(f"cannot download {url}: {problem}. {by_hand}")
 
 
 def fetch(url, path, sha256):
     """One try. Return (None, False) when `path` is in place, else (what went wrong, worth another try?)."""
-    handle, temporary = tempfile.mkstemp(prefix=".download-", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.part")
     try:
-        with os.fdopen(handle, "wb") as file, requests.get(url, stream=True, timeout=TIMEOUTS) as response:
+        with open(temporary, "wb") as file, requests.get(url, stream=True, timeout=TIMEOUTS) as response:
             if response.status_code != 200:
                 transient = response.status_code >= 500 or response.status_code in (408, 429)
                 return f"the server answered {response.status_code} {response.reason}", transient
@@ -64,7 +65,7 @@ def fetch(url, path, sha256):
     except (requests.RequestException, OSError, ValueError) as error:
         return f"{type(error).__name__}: {error}", False
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def describe_wrong_file(path, size):

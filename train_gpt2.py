@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,11 +22,12 @@ import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from checkpoint import load_newest, prune_checkpoints, save_checkpoint, step_checkpoints, step_path
-from config import config_from_argv, help_text, load_config, nearest
+from checkpoint import load_newest, prune_checkpoints, remove_leftovers, save_checkpoint, step_checkpoints, step_path
+from config import MOST_STEPS, config_from_argv, help_text, load_config, nearest
 from dataset import TokenDataset, read_corpus, read_meta, step_loader
 from device import autocast, choose_device, choose_dtype, device_name, peak_flops
 from errors import UserError, run_script
+from files import lock_folder, make_folder
 from model import GPT, GPTConfig
 from prepare_data import CORPORA, prepare, read_texts, split_and_write
 
@@ -117,6 +118,8 @@ def set_lengths(cfg, n_windows):
     epochs = cfg.epochs if cfg.epochs or cfg.max_iters else 1
     limits = [cfg.max_iters, epochs and math.ceil(epochs * n_windows / sequences)]
     max_iters = min(limit for limit in limits if limit)
+    if max_iters >= MOST_STEPS:
+        raise UserError(f"{epochs} epochs are {max_iters:,} steps, and {MOST_STEPS - 1:,} are the most there can be")
     return dataclasses.replace(
         cfg, max_iters=max_iters, stride=cfg.stride or cfg.block_size,
         lr_decay_iters=cfg.lr_decay_iters or max_iters,
@@ -165,13 +168,17 @@ def open_corpus(cfg):
     return corpus
 
 
-def make_folder(path):
-    """`path`, made if it is not there. UserError where it cannot be made."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {path}: {error.strerror}") from None
-    return path
+def out_of_memory_message(cfg):
+    """What to lower, and by how much it matters."""
+    return (f"out of memory with {cfg.batch_size} x {cfg.block_size} tokens in a forward pass: lower batch_size (the "
+            f"activations shrink in proportion; raise gradient_accumulation_steps by as much and the step stays the "
+            f"same), then block_size (likewise), then n_layer or n_embd={cfg.n_embd} (weights, gradients and moments "
+            f"take 16 bytes a parameter, and their number grows with n_layer and with n_embd squared)")
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that the device or the machine has no memory left."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 @dataclass
@@ -196,8 +203,11 @@ class Trainer:
         self.val_data = TokenDataset(self.corpus.val[: cfg.eval_tokens], cfg.block_size, tokenizer=tokenizer)
         self.cfg = cfg = set_lengths(cfg, len(self.train_data))
         self.sequences = cfg.batch_size * cfg.gradient_accumulation_steps
-        self.run_dir = make_folder(Path(cfg.out_dir) / cfg.run_name)
+        self.run_dir = Path(cfg.out_dir) / cfg.run_name
         self.log_dir = make_folder(Path(cfg.log_dir) / cfg.run_name)
+        self.lock = lock_folder(self.run_dir, f"another process is training in {self.run_dir}: wait for its end, or "
+                                              f"choose another --run_name")
+        remove_leftovers(self.run_dir)
         self.device = choose_device(cfg.device)
         self.dtype = choose_dtype(cfg.dtype, self.device)
         torch.manual_seed(cfg.seed)
@@ -213,7 +223,9 @@ class Trainer:
             raise UserError(f"{self.run_dir} already holds checkpoints: --resume goes on from the newest "
                             f"({step_checkpoints(self.run_dir)[-1].name}), --run_name=NAME starts another run")
         self.forward = self.compiled_model()
+        # TensorBoard drops what a killed process logged after the checkpoint: those steps come again.
         self.writer = SummaryWriter(self.log_dir, purge_step=self.progress.step + 1)
+        self.events_lost = False
         self.timer = StepTimer()
 
     def restore(self):
@@ -339,15 +351,22 @@ class Trainer:
 
     def check_finite(self):
         """Diverged if a step had a non-finite loss or gradient (waits for the device)."""
-        step = int(self.first_bad_step)
-        if step < 0:
-            return
-        saved = step_checkpoints(self.run_dir)
-        raise Diverged(
-            f"training diverged at step {step + 1}: loss or gradient is not finite (gradient norm "
-            f"{float(self.grad_norm):g}, learning rate {learning_rate_at(step, self.cfg):g}); "
-            f"last good checkpoint: {saved[-1] if saved else 'none'}; "
-            f"try a lower learning_rate, a longer warmup_iters or a smaller grad_clip")
+        if self.first_bad_step >= 0:
+            raise self.diverged(int(self.first_bad_step), f"loss or gradient (norm {float(self.grad_norm):g})")
+
+    def check_state(self):
+        """Diverged if a weight or a moment is not finite: a huge update can do that with finite gradients."""
+        self.check_finite()
+        moments = (value for state in self.optimizer.state.values() for value in state.values())
+        if not all(bool(values.isfinite().all()) for values in (*self.model.parameters(), *moments)):
+            raise self.diverged(self.progress.step - 1, "weights or moments")
+
+    def diverged(self, step, what):
+        """The Diverged to raise for `what` is not finite at optimizer step `step`, counted from 0."""
+        good = (["none"] + step_checkpoints(self.run_dir))[-1]
+        return Diverged(f"training diverged at step {step + 1}: {what} not finite, at learning rate "
+                        f"{learning_rate_at(step, self.cfg):g}; last good checkpoint: {good}; "
+                        f"try a lower learning_rate, a longer warmup_iters or a smaller grad_clip")
 
     def log(self):
         """A progress line and scalars, with the mean loss over all micro-batches since the last one."""
@@ -362,8 +381,7 @@ class Trainer:
                    "perf/tokens_per_sec": tokens_per_second}
         if peak := peak_flops(self.device):
             scalars["perf/mfu"] = tokens_per_second * self.model.flops_per_token() / peak
-        for tag, value in scalars.items():
-            self.writer.add_scalar(tag, value, step)
+        self.record(scalars)
         epoch, step_in_epoch, steps_in_epoch = self.position(step - 1)
         n_epochs = self.position(cfg.max_iters - 1)[0] + 1
         eta = duration((cfg.max_iters - step) * seconds_per_step)
@@ -384,21 +402,38 @@ class Trainer:
         self.check_finite()
         progress = self.progress
         result = evaluate(self.forward, self.val_data, self.cfg.batch_size, self.device, self.dtype)
+        if not math.isfinite(result.loss):
+            raise self.diverged(progress.step - 1, "validation loss")
         progress.val_loss = result.loss
-        better = progress.best_val_loss is None or result.loss < progress.best_val_loss
+        best = progress.best_val_loss, progress.best_step
+        better = best[0] is None or result.loss < best[0]
         progress.evals_without_better = 0 if better else progress.evals_without_better + 1
         if better:
             progress.best_val_loss, progress.best_step = result.loss, progress.step
-            self.save("best.pt")
+            if not self.save("best.pt"):  # the disk is full: the next better one will be the best
+                progress.best_val_loss, progress.best_step = best
         print(f"step {progress.step} | val loss {result.loss:.4f} | ppl {result.perplexity:.2f} | "
               f"bits/byte {result.bits_per_byte:.4f}"
               f" | {'best so far' if better else f'best {progress.best_val_loss:.4f} at {progress.best_step}'}",
               flush=True)
-        self.writer.add_scalar("val/loss", result.loss, progress.step)
-        self.writer.add_scalar("val/perplexity", result.perplexity, progress.step)
-        self.writer.add_scalar("val/bits_per_byte", result.bits_per_byte, progress.step)
+        self.record({f"val/{name}": value for name, value in vars(result).items()})
         if self.cfg.sample_tokens:
-            self.writer.add_text("samples", f"<pre>{html.escape(self.sample())}</pre>", progress.step)
+            text = f"<pre>{html.escape(self.sample())}</pre>"
+            self.attempt_event(self.writer.add_text, "samples", text, progress.step)
+
+    def record(self, scalars):
+        """Write {tag: value} to TensorBoard at this step."""
+        for tag, value in scalars.items():
+            self.attempt_event(self.writer.add_scalar, tag, value, self.progress.step)
+
+    def attempt_event(self, action, *args):
+        """Call a method of the TensorBoard writer; a full disk ends the events, not the run."""
+        try:
+            action(*args)
+        except OSError as error:
+            if not self.events_lost:
+                print(f"warning: TensorBoard events are being lost: {error.strerror}", file=sys.stderr)
+            self.events_lost = True
 
     def sample(self):
         """A text of sample_tokens tokens out of nothing; the same text for the same weights."""
@@ -418,9 +453,12 @@ class Trainer:
         """How the run ended, a sample, and what to type next."""
         progress = self.progress
         early = f" (early: {progress.evals_without_better} evaluations without a better loss)"
-        print(f"finished at step {progress.step}{early if progress.step < self.cfg.max_iters else ''}; best val loss "
-              f"{progress.best_val_loss:.4f} at step {progress.best_step}\n\n{self.sample()}\n\n"
-              f"next:\n  python sample.py --ckpt {shlex.quote(str(self.run_dir / 'best.pt'))}\n"
+        best, path = "never evaluated", self.run_dir
+        if progress.best_step:
+            best = f"best val loss {progress.best_val_loss:.4f} at step {progress.best_step}"
+            path = self.run_dir / "best.pt"
+        print(f"finished at step {progress.step}{early if progress.step < self.cfg.max_iters else ''}; {best}\n\n"
+              f"{self.sample()}\n\nnext:\n  python sample.py --ckpt {shlex.quote(str(path))}\n"
               f"  tensorboard --logdir {shlex.quote(self.cfg.log_dir)}")
 
     def content(self):
@@ -435,12 +473,25 @@ class Trainer:
         }
 
     def save(self, name=None):
-        """Write a checkpoint, by default the step's own, and delete the ones that are too old."""
-        self.check_finite()
+        """Write a checkpoint, by default the step's own, delete the ones that are too old, and return its path.
+
+        None, after a warning, where the disk does not take it; the older ones stay.
+        """
+        self.check_state()
+        self.attempt_event(self.writer.flush)  # what is logged up to a checkpoint must outlive a kill as it does
         path = self.run_dir / name if name else step_path(self.run_dir, self.progress.step)
-        save_checkpoint(path, self.content())
-        prune_checkpoints(self.run_dir, self.cfg.keep_checkpoints)
+        try:
+            save_checkpoint(path, self.content())
+            prune_checkpoints(self.run_dir, self.cfg.keep_checkpoints)
+        except OSError as error:
+            print(f"warning: cannot save {path}: {error.strerror}; older checkpoints are kept", file=sys.stderr)
+            return None
         return path
+
+    def close(self):
+        """Finish the events and give the run directory free."""
+        self.attempt_event(self.writer.close)
+        self.lock.release()
 
 
 class StepTimer:
@@ -524,8 +575,11 @@ def train(cfg):
     batches = step_loader(run.train_data, run.sequences, cfg.seed, progress.step, cfg.max_iters,
                           pin_memory=run.device.type == "cuda")
     first_step, epoch_start = progress.step, mark(run.device)
-    with StopSignals() as signals, run.writer:
-        for x, y in batches if not run.finished() else ():
+    if run.finished():
+        print("nothing to do: the run is finished; a larger --max_iters, --epochs or --patience makes it go on")
+        batches = ()
+    with StopSignals() as signals, closing(run):
+        for x, y in batches:
             run.optimizer_step(x, y)
             step = progress.step
             if step == first_step + STEPS_TO_JUDGE_BY:
@@ -539,13 +593,18 @@ def train(cfg):
             with run.timer.left_out():
                 if step == cfg.max_iters or step % cfg.eval_interval == 0:
                     run.evaluate()
-                if run.finished() or signals.received or step % cfg.checkpoint_interval == 0:
+                stop = signals.received  # looked at once: a signal that comes later is for the next step
+                last = run.finished() or stop
+                if last or step % cfg.checkpoint_interval == 0:
                     path = run.save()
+            if last and not path:
+                raise UserError(f"the last checkpoint could not be saved in {run.run_dir}; when there is room, go on "
+                                f"from the one before it with --resume")
             if run.finished():
                 break
-            if signals.received:
+            if stop:
                 print(f"stopped after step {step}, saved {path}")
-                raise Interrupted(signals.received)
+                raise Interrupted(stop)
     return run
 
 
@@ -583,6 +642,10 @@ def main(argv):
     except Diverged as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(out_of_memory_message(cfg)) from None
     except Interrupted as stop:
         again = [*argv, *([] if cfg.resume else ["--resume"])]
         print(f"go on with: python train_gpt2.py {shlex.join(again)}")

@@ -89,7 +89,7 @@ def test_files_are_raw_uint16(corpus_dir):
         assert corpus.tokenizer.decode(ids) == text
         meta = json.loads((corpus_dir / "meta.json").read_text())["splits"][split]
         assert (meta["tokens"], meta["bytes"]) == (len(text), len(text.encode()))
-    assert sorted(path.name for path in corpus_dir.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+    assert sorted(path.name for path in corpus_dir.iterdir()) == [".lock", "meta.json", "train.bin", "val.bin"]
 
 
 def test_fingerprint_tells_data_apart(corpus_dir, tmp_path):

@@ -33,6 +33,10 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+def visible(folder):
+    return [path for path in folder.iterdir() if path.name != ".lock"]
+
+
 @pytest.fixture
 def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -51,7 +55,7 @@ def test_a_file_is_fetched_once(server, tmp_path):
     for _ in range(2):
         assert download(server.url + "/good", path, SHA256) == path
         assert path.read_bytes() == BODY
-    assert len(server.requests) == 1 and list(path.parent.iterdir()) == [path]
+    assert len(server.requests) == 1 and visible(path.parent) == [path]
 
 
 def test_a_transient_failure_is_tried_again(server, tmp_path):
@@ -68,13 +72,13 @@ def test_nothing_wrong_gets_the_name(server, tmp_path, name, tries, words):
         download(f"{server.url}/{name}", tmp_path / "f", SHA256, backoff=0.01)
     for word in (words, f"{server.url}/{name}", str(tmp_path / "f"), "configs/quickstart.py", SHA256):
         assert word in str(error.value)
-    assert len(server.requests) == tries and list(tmp_path.iterdir()) == []
+    assert len(server.requests) == tries and visible(tmp_path) == []
 
 
 def test_no_server(tmp_path):
     with pytest.raises(UserError, match="by hand"):
         download("http://127.0.0.1:9/x", tmp_path / "f", SHA256, backoff=0.01)
-    assert list(tmp_path.iterdir()) == []
+    assert visible(tmp_path) == []
 
 
 def test_what_is_there_already_is_checked_and_kept(tmp_path):
