@@ -14,7 +14,8 @@ from errors import UserError
 
 STEP_PATTERN = "step_" + "[0-9]" * 8 + ".pt"
 TEMPORARY_SUFFIX = ".tmp"
-KEYS = ("model_state_dict", "optimizer_state_dict", "config", "vocab_size", "tokenizer", "step")
+TYPES = {"model_state_dict": dict, "optimizer_state_dict": dict, "config": dict, "vocab_size": int, "tokenizer": dict,
+         "step": int, "val_loss": (float, type(None))}
 
 
 def save_checkpoint(path, content):
@@ -85,9 +86,11 @@ def load_checkpoint(path):
         raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from None
     except Exception as error:  # zipfile and torch.load meet damage with exceptions of a dozen types
         raise UserError(f"checkpoint {path} is damaged, or no checkpoint: {str(error).splitlines()[0]}") from None
-    missing = [key for key in KEYS if key not in content] if isinstance(content, dict) else KEYS
-    if missing:
-        raise UserError(f"{path} is not a checkpoint of this project: it lacks {', '.join(missing)}")
+    if not isinstance(content, dict):
+        content = {}
+    wrong = [key for key, kind in TYPES.items() if key not in content or not isinstance(content[key], kind)]
+    if wrong:
+        raise UserError(f"{path} is not a checkpoint of this project: {', '.join(wrong)} missing or of a wrong type")
     return content
 
 

@@ -92,7 +92,7 @@ class Corpus:
 def read_corpus(folder):
     """Open and verify the data set in `folder`: sizes, hashes, ids within the vocabulary. UserError if damaged."""
     folder, meta = Path(folder), read_meta(folder)
-    tokenizer = tokenizer_from_state(meta["tokenizer"])
+    tokenizer = tokenizer_from_state(meta["tokenizer"], folder / "meta.json")
     again = "the data set is damaged, prepare it again with prepare_data.py"
     if tokenizer.vocab_size != meta["vocab_size"]:
         raise UserError(f"{folder}/meta.json: the tokenizer has {tokenizer.vocab_size} symbols, "

@@ -46,8 +46,12 @@ class GPTConfig:
     @classmethod
     def of(cls, values, vocab_size):
         """The config with this shape, from a dict that may hold other fields too (a training config)."""
-        names = [f.name for f in fields(cls) if f.name != "vocab_size"]
-        return cls(vocab_size=vocab_size, **{name: values[name] for name in names})
+        return cls(vocab_size=vocab_size, **{name: values[name] for name in cls.shape_fields()})
+
+    @classmethod
+    def shape_fields(cls):
+        """The names of all fields but vocab_size: those that a training config has too."""
+        return [f.name for f in fields(cls) if f.name != "vocab_size"]
 
     @property
     def padded_vocab_size(self):

@@ -10,7 +10,7 @@ import sys
 import torch
 
 from checkpoint import find_checkpoint, load_checkpoint
-from config import number
+from config import check_value, number
 from device import choose_device
 from errors import UserError, run_script
 from model import GPT, GPTConfig
@@ -38,15 +38,17 @@ def read_prompt(argument):
 def load_model(path, device):
     """(GPT in eval mode on `device`, tokenizer) from the checkpoint file at `path`. UserError if it is not whole."""
     content = load_checkpoint(path)
-    tokenizer = tokenizer_from_state(content["tokenizer"])
+    tokenizer = tokenizer_from_state(content["tokenizer"], path)
+    checks = [check_value(name, content["config"].get(name)) for name in GPTConfig.shape_fields()]
+    if problems := [f"{path}: {problem}" for _, problem in checks if problem]:
+        raise UserError(*problems)
     try:
         model = GPT(GPTConfig.of(content["config"], tokenizer.vocab_size))
         model.load_state_dict(content["model_state_dict"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"the weights in {path} do not fit its config: {str(error).splitlines()[0]}") from None
-    val_loss = content.get("val_loss")
-    print(f"{path}: step {content['step']}, val loss {'not measured' if val_loss is None else f'{val_loss:.4f}'}",
-          file=sys.stderr)
+    val_loss = "not measured" if content["val_loss"] is None else f"{content['val_loss']:.4f}"
+    print(f"{path}: step {content['step']}, val loss {val_loss}", file=sys.stderr)
     return model.to(device).eval(), tokenizer
 
 

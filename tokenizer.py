@@ -101,13 +101,13 @@ def ranks_from_merges(merges):
     return ranks
 
 
-def tokenizer_from_state(state):
-    """The tokenizer whose `state()` this is. UserError if it is none."""
+def tokenizer_from_state(state, where):
+    """The tokenizer whose `state()` this is, found in the file `where`. UserError if it is none."""
     try:
         if state["kind"] == CharTokenizer.kind:
             return CharTokenizer(state["itos"])
         if state["kind"] == GPT2Tokenizer.kind:
             return GPT2Tokenizer(state["merges"])
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise UserError(f"the stored tokenizer is damaged: {error!r}") from None
-    raise UserError(f"unknown kind of tokenizer: {state['kind']!r}")
+        raise UserError(f"the tokenizer in {where} is damaged: {error!r}") from None
+    raise UserError(f"the tokenizer in {where} is of an unknown kind: {state['kind']!r}")

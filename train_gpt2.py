@@ -32,7 +32,7 @@ from model import GPT, GPTConfig
 from prepare_data import CORPORA, prepare, read_texts, split_and_write
 
 # What makes a model's weights fit or not fit: the same in a run and in its resumption.
-MODEL_FIELDS = [f.name for f in dataclasses.fields(GPTConfig) if f.name != "vocab_size"]
+MODEL_FIELDS = GPTConfig.shape_fields()
 # What may differ between a run and its resumption without a word.
 PLACE_FIELDS = {"resume", "data_dir", "out_dir", "log_dir", "run_name"}
 
@@ -153,6 +153,8 @@ def check(cfg, problems=()):
             test(cfg)
         except UserError as error:
             problems += error.problems
+        except OSError as error:  # a path that is too long, or may not be looked into
+            problems.append(f"data_dir={cfg.data_dir}: {error.strerror}")
     if problems:
         raise UserError(*problems)
 

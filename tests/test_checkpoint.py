@@ -19,7 +19,7 @@ from errors import UserError
 
 def content(step):
     return {"model_state_dict": {"w": torch.full((1000,), float(step))}, "optimizer_state_dict": {}, "config": {},
-            "vocab_size": 3, "tokenizer": {}, "step": step}
+            "vocab_size": 3, "tokenizer": {}, "step": step, "val_loss": None}
 
 
 def flip_bit(path, needle):

@@ -44,7 +44,7 @@ def test_bpe_merges_in_order():
 
 def test_state_survives_json():
     for tokenizer in (CharTokenizer.from_text(TEXT), GPT2Tokenizer(MERGES)):
-        again = tokenizer_from_state(json.loads(json.dumps(tokenizer.state())))
+        again = tokenizer_from_state(json.loads(json.dumps(tokenizer.state())), "f")
         assert type(again) is type(tokenizer) and again.vocab_size == tokenizer.vocab_size
         assert np.array_equal(again.encode(TEXT), tokenizer.encode(TEXT))
 
@@ -55,8 +55,8 @@ def test_state_survives_json():
     {"kind": "gpt2"}, {"kind": "gpt2", "merges": 3},
 ])
 def test_damaged_state_is_refused(state):
-    with pytest.raises(UserError):
-        tokenizer_from_state(state)
+    with pytest.raises(UserError, match=r"some\.pt"):
+        tokenizer_from_state(state, "some.pt")
 
 
 def test_gpt2_ranks_equal_tiktokens(downloads, monkeypatch):
