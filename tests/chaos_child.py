@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch._dynamo  # which the first optimizer of a process imports, for a second
 
 import checkpoint
 import train_gpt2
