@@ -547,7 +547,8 @@ class StopSignals:
 
     def note(self, signum, frame):
         self.received = signum
-        self.__exit__()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         print("\nstopping after this step (once more: at once)", file=sys.stderr)
 
     def __exit__(self, *exception):

@@ -17,6 +17,8 @@ class Handler(BaseHTTPRequestHandler):
         name = self.path.strip("/")
         if name == "flaky" and len(self.server.requests) < 3:
             return self.send_error(503)
+        if name == "silent":
+            return self.server.closing.wait(60)
         if name == "missing":
             return self.send_error(404)
         if name == "loop":
@@ -40,11 +42,12 @@ def visible(folder):
 @pytest.fixture
 def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.requests = []
+    server.requests, server.closing = [], threading.Event()
     server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server
+    server.closing.set()
     server.shutdown()
     thread.join()
     server.server_close()
@@ -73,6 +76,13 @@ def test_nothing_wrong_gets_the_name(server, tmp_path, name, tries, words):
     for word in (words, f"{server.url}/{name}", str(tmp_path / "f"), "configs/quickstart.py", SHA256):
         assert word in str(error.value)
     assert len(server.requests) == tries and visible(tmp_path) == []
+
+
+def test_a_server_that_never_answers(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("download.TIMEOUTS", (1, 0.1))
+    with pytest.raises(UserError, match="Timeout"):
+        download(server.url + "/silent", tmp_path / "f", SHA256, backoff=0.01)
+    assert len(server.requests) == 3 and visible(tmp_path) == []
 
 
 def test_no_server(tmp_path):

@@ -1,5 +1,6 @@
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -253,6 +254,49 @@ def test_a_signal_saves_and_resuming_is_exact(tmp_path, tiny_args, signum, code)
     resumed, _ = trained(tmp_path, args, "--resume", f"--max_iters={step + 3}")
     straight, _ = trained(tmp_path, args, f"--max_iters={step + 3}", name="straight")
     assert_equal_state(resumed, straight)
+
+
+def test_a_second_signal_stops_at_once(tmp_path, tiny_args):
+    args = [*tiny_args, "--max_iters=4000", "--eval_interval=4000", "--checkpoint_interval=1", "--log_interval=1",
+            "--gradient_accumulation_steps=300"]
+    process = subprocess.Popen([sys.executable, str(ROOT / "train_gpt2.py"), *args], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    for line in process.stdout:
+        if line.startswith("epoch 4/"):  # the second step: each takes 3.6 epochs
+            process.send_signal(signal.SIGINT)
+            break
+    assert any("stopping after this step" in line for line in process.stderr)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 130 and "Traceback" not in err and "interrupted" in err
+    assert "stopped after step" not in out
+    saved = step_checkpoints(tmp_path / "checkpoints/tiny")
+    assert [load_checkpoint(path)["step"] for path in saved][-1] >= 1
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_out_of_memory_names_what_to_lower(tmp_path, tiny_args):
+    process = subprocess.run(
+        [sys.executable, str(ROOT / "train_gpt2.py"), *tiny_args, "--batch_size=300000"], cwd=tmp_path, text=True,
+        capture_output=True, timeout=100, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30)))
+    assert_refused(process, "out of memory with 300000 x 32 tokens", "lower batch_size", "gradient_accumulation_steps")
+
+
+@pytest.mark.chaos
+def test_resuming_takes_no_more_memory_than_starting(tmp_path, tiny_args):
+    args = [*tiny_args, "--n_layer=6", "--n_embd=512", "--batch_size=1", "--max_iters=2", "--eval_tokens=40"]
+    peaks = []
+    for more in ([], ["--resume", "--max_iters=4"]):
+        process = subprocess.Popen([sys.executable, str(ROOT / "train_gpt2.py"), *args, *more], cwd=tmp_path,
+                                   stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        peaks.append(usage.ru_maxrss / 1024)
+    print(f"\npeak memory: {peaks[0]:.0f} MiB from the start, {peaks[1]:.0f} MiB resumed")
+    assert peaks[1] <= 1.05 * peaks[0]
 
 
 def test_resume_refuses_another_model_or_other_data(tmp_path, tiny_args):
