@@ -263,7 +263,6 @@ class Trainer:
     def compiled_model(self):
         """The model as the steps call it: compiled where cfg.compile says so and it works, else as it is."""
         wanted = self.cfg.compile == "true" or (self.cfg.compile == "auto" and self.device.type == "cuda")
-        self.compiled = False
         if not wanted:
             return self.model
         compiled = torch.compile(self.model)
@@ -278,7 +277,6 @@ class Trainer:
             return self.model
         finally:
             self.optimizer.zero_grad(set_to_none=True)
-        self.compiled = True
         return compiled
 
     def print_start(self):
@@ -295,7 +293,7 @@ class Trainer:
               f"length   {cfg.max_iters:,} steps; {steps_per_epoch:.1f} steps an epoch of {len(self.train_data):,} "
               f"windows\n"
               f"device   {device_name(self.device)}; {str(self.dtype).removeprefix('torch.')}; "
-              f"{'compiled' if self.compiled else 'not compiled'}", flush=True)
+              f"{'not compiled' if self.forward is self.model else 'compiled'}", flush=True)
 
     def print_expected_time(self):
         """How long the steps to come will take, by the last few."""

@@ -36,6 +36,12 @@ def trained(tmp_path, args, *more, name="tiny", code=0):
     return load_checkpoint(step_checkpoints(tmp_path / "checkpoints" / name)[-1]), process
 
 
+def started(tmp_path, args):
+    """A process that trains in `tmp_path`, its output still to be read."""
+    return subprocess.Popen([sys.executable, str(ROOT / "train_gpt2.py"), *args], cwd=tmp_path, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
 def assert_equal_state(a, b):
     """Weights, moments and losses not yet logged are the same bit for bit."""
     assert a["step"] == b["step"] and a["pending_losses"] == b["pending_losses"]
@@ -238,9 +244,7 @@ def test_logged_loss_is_the_mean_since_the_last_line(tmp_path, tiny_args):
 def test_a_signal_saves_and_resuming_is_exact(tmp_path, tiny_args, signum, code):
     args = [*tiny_args, "--max_iters=4000", "--eval_interval=4000", "--checkpoint_interval=4000", "--dropout=0.1",
             "--lr_decay_iters=50"]
-    process = subprocess.Popen([sys.executable, str(ROOT / "train_gpt2.py"), *args], cwd=tmp_path, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = started(tmp_path, args)
     for line in process.stdout:
         if "step 6/" in line:
             process.send_signal(signum)
@@ -259,9 +263,7 @@ def test_a_signal_saves_and_resuming_is_exact(tmp_path, tiny_args, signum, code)
 def test_a_second_signal_stops_at_once(tmp_path, tiny_args):
     args = [*tiny_args, "--max_iters=4000", "--eval_interval=4000", "--checkpoint_interval=1", "--log_interval=1",
             "--gradient_accumulation_steps=300"]
-    process = subprocess.Popen([sys.executable, str(ROOT / "train_gpt2.py"), *args], cwd=tmp_path, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = started(tmp_path, args)
     for line in process.stdout:
         if line.startswith("epoch 4/"):  # the second step: each takes 3.6 epochs
             process.send_signal(signal.SIGINT)
