@@ -9,7 +9,9 @@ Shapes: B sequences, T tokens, C = n_embd, H heads of size D = C / H, V = vocab_
 
 import math
 from dataclasses import dataclass, fields
+from functools import partial
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -95,15 +97,22 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rotation):
-        """x (B, T, C) -> (B, T, C). `rotation`: (cos, sin) for rotary positions, else None."""
+    def forward(self, x, rotation, remember=None):
+        """x (B, T, C) -> (B, T, C). `rotation`: (cos, sin) for rotary positions, else None.
+
+        `remember`: takes the keys and values of these tokens, gives those of all tokens so far and
+        the mask of what each may see (None: all before itself); KVCache.store for one layer.
+        """
         B, T, C = x.shape
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
                    for part in self.c_attn(x).split(C, dim=2))
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
+        mask = None
+        if remember is not None:
+            k, v, mask = remember(k, v)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1, dropout_p=dropout)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
@@ -140,8 +149,8 @@ class Block(nn.Module):
         self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, rotation):
-        x = x + self.attn(self.ln_1(x), rotation)
+    def forward(self, x, rotation, remember=None):
+        x = x + self.attn(self.ln_1(x), rotation, remember)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -181,22 +190,28 @@ class GPT(nn.Module):
         if isinstance(module, (CausalSelfAttention, MLP)):
             nn.init.normal_(module.c_proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
-    def hidden(self, idx):
-        """Final normalised states, (B, T, C), of tokens idx, int64 (B, T). ValueError if T > block_size."""
+    def hidden(self, idx, cache=None):
+        """Final normalised states, (B, T, C), of tokens idx, int64 (B, T).
+
+        With a KVCache the tokens follow those that it holds, and it takes them up. ValueError when
+        they are more than block_size.
+        """
         T = idx.size(1)
         if self.config.block_size < T:
             raise ValueError(f"{T} tokens are over block_size {self.config.block_size}")
+        places = slice(0, T) if cache is None else cache.advance(T)
         x = self.transformer.wte(idx)
         rotation = None
         if self.config.pos == "learned":
-            x = x + self.transformer.wpe.weight[:T]
+            x = x + self.transformer.wpe.weight[places]
         elif self.config.pos == "sinusoidal":
-            x = x * math.sqrt(self.config.n_embd) + self.positions[:T]  # scaled as in Vaswani et al.
+            # Scaled as in Vaswani et al.
+            x = x * math.sqrt(self.config.n_embd) + self.positions[places].to(x.dtype)
         else:
-            rotation = self.cos[:T], self.sin[:T]
+            rotation = self.cos[places], self.sin[places]
         x = self.transformer.drop(x)
-        for block in self.transformer.h:
-            x = block(x, rotation)
+        for layer, block in enumerate(self.transformer.h):
+            x = block(x, rotation, partial(cache.store, layer) if cache else None)
         return self.transformer.ln_f(x)
 
     def logits(self, x):
@@ -225,24 +240,166 @@ class GPT(nn.Module):
         c = self.config
         return 6 * self.n_params() + 12 * c.n_layer * c.n_embd * c.block_size
 
-    @torch.inference_mode()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, generator=None):
-        """Continue tokens idx, int64 (B, T >= 1), by max_new_tokens: int64 (B, T + max_new_tokens).
+    def step(self, idx, cache):
+        """Logits (B, V) of the token after idx, int64 (B, T), which follows what the KVCache holds."""
+        return self.logits(self.hidden(idx, cache)[:, -1])
 
-        temperature 0 takes the likeliest token; top_k > 0 draws among the k likeliest. Beyond
-        block_size the model sees the last block_size tokens. `generator` must be on the model's device.
+    def window_start(self, n):
+        """First of n tokens that the prediction of the next one sees.
+
+        All n up to block_size. Beyond, the window starts at a multiple of block_size / 2, so the
+        model reads the last half of a full context again and goes on from there. That holds for every
+        kind of positions: learned and sinusoidal ones have no place beyond block_size, and with rotary ones
+        a window that drops its first tokens one by one predicts badly (Xiao et al. 2023).
+        """
+        half = max(1, self.config.block_size // 2)
+        return half * max(0, -(-(n - self.config.block_size) // half))
+
+    def read(self, windows, cache):
+        """Fill the cache with windows, int64 (n, T), each for an equal share of its rows: logits (rows, V).
+
+        One window at a time: a row's numbers must not depend on how many others there are.
+        """
+        copies = cache.keys.size(1) // len(windows)
+        logits = []
+        for i, window in enumerate(windows):
+            single = KVCache(self.config, 1, cache.keys.device, cache.keys.dtype)
+            logits.append(self.step(window[None], single))
+            cache.take(single, slice(i * copies, (i + 1) * copies))
+        return torch.cat(logits).repeat_interleave(copies, dim=0)
+
+    @torch.inference_mode()
+    def stream(self, idx, max_new_tokens, num_samples=1, seed=0, repetition_penalty=1.0, cuda_graph=False, **choice):
+        """Continue tokens idx, int64 (B, T >= 1), num_samples times each: yield int64 (B * num_samples,) a step.
+
+        `choice` is that of `choose_tokens`. What a row draws depends on seed + its number alone, so
+        row i is what seed + i gives by itself. repetition_penalty > 1 makes tokens that are there
+        already less likely, by dividing their positive and multiplying their negative logits (CTRL,
+        Keskar et al. 2019). `window_start` says what happens at the end of the context.
         """
         was_training = self.training
         self.eval()
-        for _ in range(max_new_tokens):
-            logits = self.logits(self.hidden(idx[:, -self.config.block_size :])[:, -1]).float()
-            if temperature == 0:
-                token = logits.argmax(dim=-1, keepdim=True)
-            else:
-                if 0 < top_k < logits.size(-1):
-                    kth = logits.topk(top_k).values[:, -1:]
-                    logits = logits.masked_fill(logits < kth, -math.inf)
-                token = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
-            idx = torch.cat((idx, token), dim=1)
-        self.train(was_training)
-        return idx
+        weight = self.transformer.wte.weight
+        rows = len(idx) * num_samples
+        draws = [np.random.default_rng(seed + row) for row in range(rows)]
+        cache = KVCache(self.config, rows, weight.device, weight.dtype, static=cuda_graph)
+        step = GraphedStep(self, cache) if cuda_graph else self.step
+        tokens, windows, start = idx.repeat_interleave(num_samples, dim=0), idx, None
+        try:
+            for _ in range(max_new_tokens):
+                if start == (start := self.window_start(tokens.size(1))):
+                    logits = step(tokens[:, -1:], cache)
+                else:
+                    logits = self.read(windows[:, start:], cache)
+                if repetition_penalty != 1:
+                    logits = logits.scatter(1, tokens, penalised(logits.gather(1, tokens), repetition_penalty))
+                uniforms = torch.tensor([draw.random() for draw in draws], dtype=torch.float64)
+                new = choose_tokens(logits, uniforms, **choice)
+                windows = tokens = torch.cat((tokens, new[:, None]), dim=1)
+                yield new
+        finally:
+            self.train(was_training)
+
+    def generate(self, idx, max_new_tokens, **options):
+        """Tokens idx, int64 (B, T), with their continuations: (B * num_samples, T + max_new_tokens). See `stream`."""
+        new = torch.stack(list(self.stream(idx, max_new_tokens, **options)), dim=1)
+        return torch.cat((idx.repeat_interleave(len(new) // len(idx), dim=0), new), dim=1)
+
+
+class KVCache:
+    """Keys and values of the tokens read so far, allocated once: `keys` and `values`, (L, B, H, block_size, D).
+
+    A static one always gives all its places, under a mask, and counts its length in a tensor: no
+    shape ever changes, as a CUDA graph needs. The other gives what is there.
+    """
+
+    def __init__(self, config, batch_size, device, dtype, static=False):
+        shape = config.n_layer, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.static = static
+        self.length = torch.zeros(1, dtype=torch.int64, device=device) if static else 0
+        self.numbers = torch.arange(config.block_size, device=device)
+        self.places, self.mask = slice(0, 0), None
+
+    def advance(self, T):
+        """Make place for T tokens; their positions, a slice or int64 (T,)."""
+        if self.static:
+            self.places = self.length + self.numbers[:T]
+            self.mask = self.numbers <= self.places[:, None]  # (T, block_size)
+            self.length.add_(T)
+        else:
+            if self.length and T > 1:
+                raise ValueError("a cache takes many tokens when it is empty, and then one at a time")
+            self.places = slice(self.length, self.length + T)
+            self.length += T
+        return self.places
+
+    def store(self, layer, k, v):
+        """Keep k and v, (B, H, T, D), of a layer; all its keys and values so far, and the mask or None."""
+        keys, values = self.keys[layer], self.values[layer]
+        keys[:, :, self.places], values[:, :, self.places] = k, v
+        if self.static:
+            return keys, values, self.mask
+        return keys[:, :, : self.length], values[:, :, : self.length], None
+
+    def take(self, other, rows):
+        """Copy the content of another cache's only row into `rows`, a slice."""
+        self.keys[:, rows, :, : other.length] = other.keys[:, :, :, : other.length]
+        self.values[:, rows, :, : other.length] = other.values[:, :, :, : other.length]
+        self.length = self.length.fill_(other.length) if self.static else other.length
+
+
+class GraphedStep:
+    """`GPT.step` for one token a row as a CUDA graph: one launch instead of some hundreds. `cache` is static."""
+
+    def __init__(self, model, cache):
+        self.idx = torch.zeros((cache.keys.size(1), 1), dtype=torch.int64, device=cache.keys.device)
+        self.graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries make their workspaces, which a capture may not
+            model.step(self.idx, cache)
+        torch.cuda.current_stream().wait_stream(stream)
+        cache.length.zero_()
+        with torch.cuda.graph(self.graph):
+            self.logits = model.step(self.idx, cache)
+        cache.length.zero_()
+
+    def __call__(self, idx, cache):
+        self.idx.copy_(idx)
+        self.graph.replay()
+        return self.logits
+
+
+def penalised(logits, penalty):
+    return torch.where(logits > 0, logits / penalty, logits * penalty)
+
+
+def choose_tokens(logits, uniforms, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """Draw a token for each row of logits, float (B, V), with uniforms, float64 (B,) in [0, 1): int64 (B,).
+
+    temperature 0 takes the likeliest. Else the logits are divided by it, and in this order top_k > 0
+    keeps the k likeliest, top_p < 1 the fewest likeliest that hold so much probability (nucleus, Holtzman
+    et al. 2020), min_p > 0 those at least min_p times as likely as the likeliest (Nguyen et al. 2024).
+    """
+    device = logits.device
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    if device.type == "mps":
+        logits = logits.cpu()  # it has no float64
+    ids = None
+    if 0 < top_k < logits.size(-1):
+        logits, ids = logits.topk(top_k)  # from the likeliest down
+    elif top_p < 1:
+        logits, ids = logits.sort(dim=-1, descending=True)
+    logits = logits.double()
+    p = F.softmax((logits - logits.amax(dim=-1, keepdim=True)) / temperature, dim=-1)
+    if top_p < 1:
+        p = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0)
+    if min_p > 0:
+        p = p.masked_fill(p < min_p * p.amax(dim=-1, keepdim=True), 0)
+    cumulative = p.cumsum(dim=-1)
+    # The first place whose cumulative probability is over uniform * total: never one of probability 0.
+    drawn = torch.searchsorted(cumulative, uniforms.to(p.device)[:, None] * cumulative[:, -1:], right=True)
+    return (drawn if ids is None else ids.gather(-1, drawn))[:, 0].to(device)
