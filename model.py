@@ -86,6 +86,42 @@ def rotate(x, cos, sin):
     return torch.cat((left * cos - right * sin, left * sin + right * cos), dim=-1).type_as(x)
 
 
+def keep_mask(shape, dropout, device):
+    """Ones where dropout keeps an element and zeros elsewhere, bfloat16, from the default generator.
+
+    Sixteen random bits an element, compared in place and turned into the bits of 1.0: five times as fast
+    as bernoulli_ on a CPU. The probability is rounded to 1 / 65536.
+    """
+    n = math.prod(shape)
+    bits = torch.empty(-(-n // 4), dtype=torch.int64, device=device).random_(-(2**63), None).view(torch.int16)[:n]
+    threshold = round((1 - dropout) * 2**16) - 2**15
+    return bits.lt_(threshold).mul_(0x3F80).view(torch.bfloat16).view(shape)
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout, faster for bfloat16 on a CPU."""
+
+    def forward(self, x):
+        if self.training and self.p and x.device.type == "cpu" and x.dtype == torch.bfloat16:
+            return x * keep_mask(x.shape, self.p, x.device) * (1 / (1 - self.p))
+        return super().forward(x)
+
+
+def causal_attention(q, k, v, dropout):
+    """Causal attention of q, k, v (B, H, T, D) with dropout on its weights; (B, H, T, D)."""
+    T = q.size(2)
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or T > 512:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+    # PyTorch's kernel for CPUs computes in float32 inside; three bfloat16 products are two to five times as fast.
+    mask = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
+    q, k, values = (part.flatten(0, 1) for part in (q, k, v))
+    weights = F.softmax(torch.baddbmm(mask, q, k.transpose(1, 2), alpha=q.size(-1) ** -0.5), dim=-1)
+    if dropout:
+        weights = weights * keep_mask(weights.shape, dropout, q.device)
+        values = values * (1 / (1 - dropout))
+    return (weights @ values).view_as(v)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -93,7 +129,7 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.resid_dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = Dropout(config.dropout)
 
     def forward(self, x, rotation):
         """x (B, T, C) -> (B, T, C). `rotation`: (cos, sin) for rotary positions, else None."""
@@ -103,7 +139,7 @@ class CausalSelfAttention(nn.Module):
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        y = causal_attention(q, k, v, dropout)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
@@ -117,7 +153,7 @@ class MLP(nn.Module):
             hidden = -(-8 * config.n_embd // 3 // 64) * 64
         self.c_fc = nn.Linear(config.n_embd, hidden * (2 if self.kind == "swiglu" else 1), bias=config.bias)
         self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x):
         """x (B, T, C) -> (B, T, C)."""
@@ -154,7 +190,7 @@ class GPT(nn.Module):
         self.config = config
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
-            drop=nn.Dropout(config.dropout),
+            drop=Dropout(config.dropout),
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             ln_f=make_norm(config),
         ))
