@@ -92,6 +92,8 @@ def keep_mask(shape, dropout, device):
     Sixteen random bits an element, compared in place and turned into the bits of 1.0: five times as fast
     as bernoulli_ on a CPU. The probability is rounded to 1 / 65536.
     """
+    if torch.compiler.is_compiling():  # cannot see one tensor as another type
+        return (torch.rand(shape, device=device) >= dropout).bfloat16()
     n = math.prod(shape)
     bits = torch.empty(-(-n // 4), dtype=torch.int64, device=device).random_(-(2**63), None).view(torch.int16)[:n]
     threshold = round((1 - dropout) * 2**16) - 2**15

@@ -25,7 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 from checkpoint import load_newest, prune_checkpoints, remove_leftovers, save_checkpoint, step_checkpoints, step_path
 from config import MOST_STEPS, TrainConfig, config_from_argv, help_text, load_config, nearest
 from dataset import TokenDataset, read_corpus, read_meta, step_loader
-from device import autocast, choose_device, choose_dtype, device_name, peak_flops
+from device import autocast, choose_device, choose_dtype, default_generator, device_name, peak_flops
 from errors import UserError, run_script
 from files import lock_folder, make_folder
 from model import GPT, GPTConfig
@@ -190,8 +190,10 @@ class Trainer:
         remove_leftovers(self.run_dir)
         self.device = choose_device(cfg.device)
         self.dtype = choose_dtype(cfg.dtype, self.device)
+        self.generator = default_generator(self.device)
         torch.manual_seed(cfg.seed)
         self.model = GPT(GPTConfig.of(vars(cfg), tokenizer.vocab_size)).to(self.device)
+        self.parameters = list(self.model.parameters())
         self.optimizer = make_optimizer(self.model, cfg, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.progress = Progress()
@@ -287,7 +289,7 @@ class Trainer:
         """
         cfg, step = self.cfg, self.progress.step
         # Dropout depends on (seed, step) alone, not on what ran before.
-        torch.manual_seed(int(np.random.SeedSequence((cfg.seed, step)).generate_state(1)[0]))
+        self.generator.manual_seed(int(np.random.SeedSequence((cfg.seed, step)).generate_state(1)[0]))
         lr = learning_rate_at(step, cfg)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -301,7 +303,7 @@ class Trainer:
             self.scaler.scale(loss).backward()
             total += loss.detach()
         self.scaler.unscale_(self.optimizer)
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip or math.inf)
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, cfg.grad_clip or math.inf)
         self.update_while_finite(total)
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.pending_losses.append(total)
@@ -332,7 +334,7 @@ class Trainer:
         """Diverged if a weight or a moment is not finite: a huge update can do that with finite gradients."""
         self.check_finite()
         moments = (value for state in self.optimizer.state.values() for value in state.values())
-        if not all(bool(values.isfinite().all()) for values in (*self.model.parameters(), *moments)):
+        if not all(bool(values.isfinite().all()) for values in (*self.parameters, *moments)):
             raise self.diverged(self.progress.step - 1, "weights or moments")
 
     def diverged(self, step, what):
