@@ -14,6 +14,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from loss import linear_cross_entropy
+
 GPT2_SIZES = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 355M
@@ -21,6 +23,7 @@ GPT2_SIZES = {
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
 }
 
+LARGE_VOCABULARY = 1024  # from here on it is padded, and its loss computed in parts
 ROWS = 128  # queries that attention on a CPU takes at a time
 
 
@@ -58,7 +61,7 @@ class GPTConfig:
     @property
     def padded_vocab_size(self):
         """Rows of the embedding: large vocabularies are rounded up to 64, which matrix units multiply faster."""
-        return -(-self.vocab_size // 64) * 64 if self.vocab_size >= 1024 else self.vocab_size
+        return -(-self.vocab_size // 64) * 64 if self.vocab_size >= LARGE_VOCABULARY else self.vocab_size
 
 
 def make_norm(config):
@@ -255,9 +258,14 @@ class GPT(nn.Module):
         """Logits (B, T, V) of tokens idx, int64 (B, T), and their loss.
 
         The loss is the mean cross-entropy in nats, float32, over the targets, int64 (B, T), that are
-        not -1; None without targets.
+        not -1; None without targets. With targets and a large vocabulary it is computed without all
+        logits at once, and the logits are None.
         """
-        logits = self.logits(self.hidden(idx))
+        x = self.hidden(idx)
+        if targets is not None and self.config.vocab_size >= LARGE_VOCABULARY:
+            return None, linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(),
+                                              self.config.vocab_size)
+        logits = self.logits(x)
         if targets is None:
             return logits, None
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
