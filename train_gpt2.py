@@ -318,7 +318,8 @@ class Trainer:
         The gradient scaler leaves out updates by itself: infinite gradients are how it finds its scale.
         """
         finite = loss.isfinite() if self.scaler.is_enabled() else loss.isfinite() & self.grad_norm.isfinite()
-        self.first_bad_step = torch.where((self.first_bad_step < 0) & ~finite, self.progress.step, self.first_bad_step)
+        # Not torch.where: it would copy the step's number to the device and wait.
+        self.first_bad_step.masked_fill_((self.first_bad_step < 0) & ~finite, self.progress.step)
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
             self.scaler.update()
