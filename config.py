@@ -57,7 +57,7 @@ class TrainConfig:
     lr_decay_iters: int | None = knob(None, "step at which the decay reaches min_lr; none: the run's last", low=1)
     decay_fraction: float = knob(0.2, "part of lr_decay_iters in which wsd decays, its last", above=0, below=1)
     weight_decay: float = knob(0.1, "weight decay, on matrices only", low=0)
-    beta1: float = knob(0.9, "AdamW's first decay rate", low=0, below=1)
+    beta1: float = knob(0.9, "AdamW's first decay rate, Muon's momentum", low=0, below=1)
     beta2: float = knob(0.99, "AdamW's second decay rate", low=0, below=1)
     grad_clip: float = knob(1.0, "largest gradient norm; 0: no clipping", low=0)
     # evaluation, logging, checkpoints

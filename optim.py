@@ -71,7 +71,7 @@ def make_optimizer(model, cfg, device):
                               fused=device.type in ("cpu", "cuda"))
     if not hidden:
         return adamw
-    muon = torch.optim.Muon(hidden, lr=cfg.learning_rate, weight_decay=cfg.weight_decay,
+    muon = torch.optim.Muon(hidden, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, momentum=cfg.beta1,
                             adjust_lr_fn="match_rms_adamw")
     return MuonAndAdamW(muon, adamw)
 

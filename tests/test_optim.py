@@ -55,7 +55,7 @@ def newton_schulz(matrix):
 
 def test_muon_moves_the_matrices_of_the_blocks_and_adamw_the_rest():
     model, plain = small_gpt(), small_gpt()
-    cfg = TrainConfig(optimizer="muon", learning_rate=0.01, weight_decay=0.1)
+    cfg = TrainConfig(optimizer="muon", learning_rate=0.01, weight_decay=0.1, beta1=0.8)
     optimizer = make_optimizer(model, cfg, CPU)
     reference = torch.optim.AdamW(plain.parameters(), lr=0.01, betas=(cfg.beta1, cfg.beta2), weight_decay=0.1)
     reference.param_groups[0]["params"] = [p for p in plain.parameters() if p.dim() >= 2]
@@ -77,8 +77,8 @@ def test_muon_moves_the_matrices_of_the_blocks_and_adamw_the_rest():
                 assert torch.allclose(p, q, rtol=1e-6, atol=1e-8), name
                 continue
             g = gradients[name]
-            momentum[name] = 0.95 * momentum.get(name, 0 * g) + 0.05 * g
-            direction = newton_schulz(0.05 * g + 0.95 * momentum[name])
+            momentum[name] = 0.8 * momentum.get(name, 0 * g) + 0.2 * g
+            direction = newton_schulz(0.2 * g + 0.8 * momentum[name])
             expected = before[name] * (1 - 0.01 * 0.1) - 0.01 * 0.2 * max(g.shape) ** 0.5 * direction
             error = np.linalg.norm(p.detach().numpy() - expected)
             # Muon iterates in bfloat16.
