@@ -106,11 +106,11 @@ def keep_mask(shape, dropout, device):
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout, faster for bfloat16 on a CPU."""
+    """nn.Dropout, faster on a CPU."""
 
     def forward(self, x):
-        if self.training and self.p and x.device.type == "cpu" and x.dtype == torch.bfloat16:
-            return x * keep_mask(x.shape, self.p, x.device) * (1 / (1 - self.p))
+        if self.training and self.p and x.device.type == "cpu":
+            return x * keep_mask(x.shape, self.p, x.device).to(x.dtype) * (1 / (1 - self.p))
         return super().forward(x)
 
 
