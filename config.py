@@ -47,12 +47,17 @@ class TrainConfig:
     batch_size: int = knob(16, "sequences in one forward pass", low=1, below=2**20)
     gradient_accumulation_steps: int = knob(1, "forward passes in one optimizer step", low=1, below=2**20)
     # optimizer
+    optimizer: str = knob("adamw", "muon: Muon for the blocks' matrices, AdamW for the rest",
+                          choices=("adamw", "muon"))
     learning_rate: float = knob(1e-3, "peak learning rate", low=0)
     min_lr: float | None = knob(None, "learning rate at the end of the decay; none: learning_rate / 10", low=0)
     warmup_iters: int = knob(100, "steps of linear warmup", low=0)
-    lr_decay_iters: int | None = knob(None, "step at which the cosine reaches min_lr; none: the run's last", low=1)
-    weight_decay: float = knob(0.1, "AdamW's decay, on matrices only", low=0)
-    beta1: float = knob(0.9, "AdamW's first decay rate", low=0, below=1)
+    lr_schedule: str = knob("cosine", "the decay's form; wsd: constant, then linear",
+                            choices=("cosine", "linear", "wsd"))
+    lr_decay_iters: int | None = knob(None, "step at which the decay reaches min_lr; none: the run's last", low=1)
+    decay_fraction: float = knob(0.2, "part of lr_decay_iters in which wsd decays, its last", above=0, below=1)
+    weight_decay: float = knob(0.1, "weight decay, on matrices only", low=0)
+    beta1: float = knob(0.9, "AdamW's first decay rate, Muon's momentum", low=0, below=1)
     beta2: float = knob(0.99, "AdamW's second decay rate", low=0, below=1)
     grad_clip: float = knob(1.0, "largest gradient norm; 0: no clipping", low=0)
     # evaluation, logging, checkpoints

@@ -57,6 +57,14 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype)
 
 
+def default_generator(device):
+    """The generator that dropout on `device` draws from (torch.manual_seed would seed every device's, slowly)."""
+    if device.type == "cuda":
+        torch.cuda.init()
+        return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    return torch.mps._get_default_mps_generator() if device.type == "mps" else torch.default_generator
+
+
 def device_name(device):
     """The device's name in words."""
     if device.type == "cuda":

@@ -23,16 +23,17 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from checkpoint import load_newest, prune_checkpoints, remove_leftovers, save_checkpoint, step_checkpoints, step_path
-from config import MOST_STEPS, config_from_argv, help_text, load_config, nearest
+from config import MOST_STEPS, TrainConfig, config_from_argv, help_text, load_config, nearest
 from dataset import TokenDataset, read_corpus, read_meta, step_loader
-from device import autocast, choose_device, choose_dtype, device_name, peak_flops
+from device import autocast, choose_device, choose_dtype, default_generator, device_name, peak_flops
 from errors import UserError, run_script
 from files import lock_folder, make_folder
 from model import GPT, GPTConfig
+from optim import learning_rate_at, make_optimizer, update_unless
 from prepare_data import CORPORA, prepare, read_texts, split_and_write
 
-# What makes a model's weights fit or not fit: the same in a run and in its resumption.
-MODEL_FIELDS = GPTConfig.shape_fields()
+# What makes weights and moments fit or not fit: the same in a run and in its resumption.
+STATE_FIELDS = [*GPTConfig.shape_fields(), "optimizer"]
 # What may differ between a run and its resumption without a word.
 PLACE_FIELDS = {"resume", "data_dir", "out_dir", "log_dir", "run_name"}
 
@@ -48,20 +49,6 @@ class Interrupted(Exception):
 
     def __init__(self, signum):
         self.signum = signum
-
-
-def learning_rate_at(step, cfg):
-    """Learning rate of optimizer step `step` (0 is the first): linear warmup, then a cosine to min_lr.
-
-    It grows from learning_rate / (warmup_iters + 1) to learning_rate at step warmup_iters, and is
-    min_lr from step lr_decay_iters on (Loshchilov & Hutter 2017, without restarts).
-    """
-    if step < cfg.warmup_iters:
-        return cfg.learning_rate * (step + 1) / (cfg.warmup_iters + 1)
-    if step >= cfg.lr_decay_iters:
-        return cfg.min_lr
-    progress = (step - cfg.warmup_iters) / (cfg.lr_decay_iters - cfg.warmup_iters)
-    return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (cfg.learning_rate - cfg.min_lr)
 
 
 def perplexity(loss):
@@ -101,15 +88,6 @@ def evaluate(model, dataset, batch_size, device, dtype=torch.float32):
     n_bytes = int(dataset.tokenizer.token_bytes[dataset.tokens].sum())
     loss = nats / sum(counts)
     return Evaluation(loss, perplexity(loss), nats / math.log(2) / n_bytes)
-
-
-def make_optimizer(model, cfg, device):
-    """AdamW (Loshchilov & Hutter 2019) with weight decay on matrices only, fused where the device has it."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": cfg.weight_decay},
-              {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
-                             fused=device.type in ("cpu", "cuda"))
 
 
 def set_lengths(cfg, n_windows):
@@ -212,8 +190,10 @@ class Trainer:
         remove_leftovers(self.run_dir)
         self.device = choose_device(cfg.device)
         self.dtype = choose_dtype(cfg.dtype, self.device)
+        self.generator = default_generator(self.device)
         torch.manual_seed(cfg.seed)
         self.model = GPT(GPTConfig.of(vars(cfg), tokenizer.vocab_size)).to(self.device)
+        self.parameters = list(self.model.parameters())
         self.optimizer = make_optimizer(self.model, cfg, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.progress = Progress()
@@ -246,19 +226,19 @@ class Trainer:
         print(f"resumed from {path} at step {self.progress.step}")
 
     def compare_with(self, path, content):
-        """UserError where the checkpoint's data or architecture is another; a line for other changed fields."""
-        then = content["config"]
-        problems = [f"{name} is {then.get(name)!r} in {path} and {getattr(self.cfg, name)!r} now: "
-                    f"resume with --{name}={then.get(name)}, or start another run with --run_name=NAME"
-                    for name in MODEL_FIELDS if then.get(name) != getattr(self.cfg, name)]
+        """UserError where the checkpoint's data, architecture or optimizer is another; a line for other changes."""
+        then = dataclasses.asdict(TrainConfig()) | content["config"]  # a field it does not have was not there yet
+        problems = [f"{name} is {then[name]!r} in {path} and {getattr(self.cfg, name)!r} now: "
+                    f"resume with --{name}={then[name]}, or start another run with --run_name=NAME"
+                    for name in STATE_FIELDS if then[name] != getattr(self.cfg, name)]
         if content["data_fingerprint"] != self.corpus.fingerprint:
             problems.append(f"the data set is not the one of {path} (fingerprint {content['data_fingerprint'][:12]} "
-                            f"of {then.get('dataset')} then, {self.corpus.fingerprint[:12]} of {self.cfg.dataset} now)")
+                            f"of {then['dataset']} then, {self.corpus.fingerprint[:12]} of {self.cfg.dataset} now)")
         if problems:
             raise UserError(*problems)
         for name, now in dataclasses.asdict(self.cfg).items():
-            if name not in PLACE_FIELDS and then.get(name) != now:
-                print(f"changed since the checkpoint: {name} {then.get(name)} -> {now}")
+            if name not in PLACE_FIELDS and then[name] != now:
+                print(f"changed since the checkpoint: {name} {then[name]} -> {now}")
 
     def compiled_model(self):
         """The model as the steps call it: compiled where cfg.compile says so and it works, else as it is."""
@@ -309,7 +289,7 @@ class Trainer:
         """
         cfg, step = self.cfg, self.progress.step
         # Dropout depends on (seed, step) alone, not on what ran before.
-        torch.manual_seed(int(np.random.SeedSequence((cfg.seed, step)).generate_state(1)[0]))
+        self.generator.manual_seed(int(np.random.SeedSequence((cfg.seed, step)).generate_state(1)[0]))
         lr = learning_rate_at(step, cfg)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -323,7 +303,7 @@ class Trainer:
             self.scaler.scale(loss).backward()
             total += loss.detach()
         self.scaler.unscale_(self.optimizer)
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip or math.inf)
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, cfg.grad_clip or math.inf)
         self.update_while_finite(total)
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.pending_losses.append(total)
@@ -335,19 +315,16 @@ class Trainer:
     def update_while_finite(self, loss):
         """The optimizer's update, left out from the first non-finite loss or gradient on.
 
-        Fused AdamW reads found_inf on the device, so CUDA does not wait. The gradient scaler leaves
-        out updates by itself: infinite gradients are how it finds its scale.
+        The gradient scaler leaves out updates by itself: infinite gradients are how it finds its scale.
         """
         finite = loss.isfinite() if self.scaler.is_enabled() else loss.isfinite() & self.grad_norm.isfinite()
-        self.first_bad_step = torch.where((self.first_bad_step < 0) & ~finite, self.progress.step, self.first_bad_step)
+        # Not torch.where: it would copy the step's number to the device and wait.
+        self.first_bad_step.masked_fill_((self.first_bad_step < 0) & ~finite, self.progress.step)
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        elif self.optimizer.defaults["fused"]:
-            self.optimizer.found_inf = (self.first_bad_step >= 0).float()
-            self.optimizer.step()
-        elif self.first_bad_step < 0:
-            self.optimizer.step()
+        else:
+            update_unless(self.optimizer, self.first_bad_step >= 0)
 
     def check_finite(self):
         """Diverged if a step had a non-finite loss or gradient (waits for the device)."""
@@ -358,7 +335,7 @@ class Trainer:
         """Diverged if a weight or a moment is not finite: a huge update can do that with finite gradients."""
         self.check_finite()
         moments = (value for state in self.optimizer.state.values() for value in state.values())
-        if not all(bool(values.isfinite().all()) for values in (*self.model.parameters(), *moments)):
+        if not all(bool(values.isfinite().all()) for values in (*self.parameters, *moments)):
             raise self.diverged(self.progress.step - 1, "weights or moments")
 
     def diverged(self, step, what):

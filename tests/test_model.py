@@ -7,7 +7,18 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from config import TrainConfig
-from model import GPT, GPT2_SIZES, GPTConfig, rotate, rotation_angles, sinusoidal_table
+from loss import linear_cross_entropy
+from model import (
+    GPT,
+    GPT2_SIZES,
+    Dropout,
+    GPTConfig,
+    causal_attention,
+    keep_mask,
+    rotate,
+    rotation_angles,
+    sinusoidal_table,
+)
 from train_gpt2 import make_optimizer
 
 FAMILIES = {
@@ -41,7 +52,7 @@ def test_gpt2_family_equals_hugging_face(vocab_size):
     idx = torch.randint(vocab_size, (2, 64))
     targets = torch.cat((idx[:, 1:], torch.full((2, 1), -1)), dim=1)
     with torch.no_grad():
-        logits, loss = model(idx, targets)
+        logits, loss = model(idx)[0], model(idx, targets)[1]
         expected = theirs(idx, labels=idx)
     assert logits.shape == (2, 64, vocab_size) and logits.std() > 0.5
     assert (logits - expected.logits).abs().max() < 1e-5
@@ -131,7 +142,7 @@ def test_padded_vocabulary_is_never_seen():
     with torch.no_grad():
         model.transformer.wte.weight[1030:] = 100.0
     idx = torch.randint(1030, (3, 16))
-    logits, loss = model(idx, idx)
+    logits, loss = model(idx)[0], model(idx, idx)[1]
     assert logits.shape[-1] == 1030 and loss < 10
     assert model.generate(idx, 30, temperature=5.0).max() < 1030
 
@@ -198,3 +209,52 @@ def test_flops_per_token_of_gpt2():
     with torch.device("meta"):
         model = GPT(GPTConfig.gpt2("gpt2", bias=False))
     assert model.flops_per_token() / 1e6 == pytest.approx(854.5, abs=0.5)
+
+
+# What is faster than PyTorch's own
+
+@pytest.mark.parametrize("length", [1, 5, 128, 129, 300])
+def test_attention_on_a_cpu_is_pytorchs(length):
+    torch.manual_seed(0)
+    *inputs, weight = torch.randn(4, 2, 3, length, 16)
+    exact, fast = ([part.to(dtype, copy=True).requires_grad_() for part in inputs]
+                   for dtype in (torch.float32, torch.bfloat16))
+    expected = torch.nn.functional.scaled_dot_product_attention(*exact, is_causal=True)
+    result = causal_attention(*fast, dropout=0.0)
+    (expected * weight).sum().backward()
+    (result * weight).sum().backward()
+    pairs = [(result, expected), *((a.grad, b.grad) for a, b in zip(fast, exact))]
+    assert all((a.float() - b).norm() < 0.02 * (b.norm() + 0.1) for a, b in pairs)
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.5, 1e-7])
+def test_dropped_elements_are_as_many_as_asked_for(dropout):
+    torch.manual_seed(0)
+    mask = keep_mask((1001, 999), dropout, torch.device("cpu"))
+    assert set(mask.unique().tolist()) <= {0.0, 1.0}
+    assert abs((mask == 0).float().mean().item() - dropout) < 0.002
+    values = torch.ones(64, 4, 200, 8, dtype=torch.bfloat16)
+    attended = causal_attention(torch.zeros_like(values), torch.zeros_like(values), values, dropout).float()
+    assert abs(attended.mean().item() - 1) < 0.01
+    dropped = Dropout(dropout)(values).float()
+    assert abs(dropped.mean().item() - 1) < 0.01 and (dropped == 0).float().mean() < dropout + 0.01
+    assert torch.equal(Dropout(dropout).eval()(values), values)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.01)])
+def test_loss_of_a_large_vocabulary_in_parts_is_the_plain_one(monkeypatch, dtype, tolerance):
+    monkeypatch.setattr("loss.MOST_LOGITS", 5 * 64)  # chunks of five rows
+    torch.manual_seed(0)
+    x, weight, targets = torch.randn(17, 8), torch.randn(64, 8), torch.randint(60, (17,))
+    targets[3] = targets[16] = -1
+    plain, parts = ([x.clone().requires_grad_(), weight.clone().requires_grad_()] for _ in range(2))
+    logits = (plain[0] @ plain[1].T)[:, :60]
+    expected = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        result = linear_cross_entropy(*parts, targets, vocab_size=60)
+    for loss in (expected, result):
+        (3 * loss).backward()
+    assert result.item() == pytest.approx(expected.item(), rel=tolerance)
+    assert all((a.grad - b.grad).norm() < tolerance * b.grad.norm() for a, b in zip(parts, plain))
+    with torch.no_grad():
+        assert linear_cross_entropy(x, weight, targets, 60).item() == pytest.approx(expected.item(), rel=1e-6)

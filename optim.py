@@ -1,0 +1,94 @@
+"""The optimizers and the learning rate's schedules."""
+
+import math
+
+import torch
+
+
+def learning_rate_at(step, cfg):
+    """Learning rate of optimizer step `step` (0 is the first): linear warmup, then cfg.lr_schedule down to min_lr.
+
+    It grows from learning_rate / (warmup_iters + 1) to learning_rate at step warmup_iters, and is
+    min_lr from step lr_decay_iters on. Between them: "cosine" (Loshchilov & Hutter 2017, without
+    restarts), "linear", or "wsd": constant, then linear over the last decay_fraction of lr_decay_iters
+    (Hu et al. 2024).
+    """
+    if step < cfg.warmup_iters:
+        return cfg.learning_rate * (step + 1) / (cfg.warmup_iters + 1)
+    if step >= cfg.lr_decay_iters:
+        return cfg.min_lr
+    start = cfg.warmup_iters
+    if cfg.lr_schedule == "wsd":
+        start = max(start, cfg.lr_decay_iters - max(1, round(cfg.decay_fraction * cfg.lr_decay_iters)))
+    progress = max(0, step - start) / (cfg.lr_decay_iters - start)
+    left = 0.5 * (1 + math.cos(math.pi * progress)) if cfg.lr_schedule == "cosine" else 1 - progress
+    return cfg.min_lr + left * (cfg.learning_rate - cfg.min_lr)
+
+
+class MuonAndAdamW:
+    """Muon for the blocks' matrices and AdamW for all else, with what `Trainer` and GradScaler use of an optimizer."""
+
+    def __init__(self, muon, adamw):
+        self.muon, self.adamw = muon, adamw
+
+    @property
+    def param_groups(self):
+        return self.muon.param_groups + self.adamw.param_groups
+
+    @property
+    def state(self):
+        return {**self.muon.state, **self.adamw.state}
+
+    def step(self):
+        self.muon.step()
+        self.adamw.step()
+
+    def zero_grad(self, set_to_none=True):
+        self.muon.zero_grad(set_to_none)
+        self.adamw.zero_grad(set_to_none)
+
+    def state_dict(self):
+        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
+
+    def load_state_dict(self, states):
+        self.muon.load_state_dict(states["muon"])
+        self.adamw.load_state_dict(states["adamw"])
+
+
+def make_optimizer(model, cfg, device):
+    """The optimizer cfg names, with weight decay on matrices only.
+
+    "adamw": Loshchilov & Hutter 2019, fused where the device has it. "muon": torch.optim.Muon (Jordan
+    et al. 2024) for the blocks' matrices, its updates scaled to the size of AdamW's (Liu et al. 2025), so
+    that one learning rate serves both; AdamW for embeddings, head, norms and biases.
+    """
+    hidden = [p for p in model.transformer.h.parameters() if p.dim() == 2] if cfg.optimizer == "muon" else []
+    taken = set(hidden)
+    rest = [p for p in model.parameters() if p.requires_grad and p not in taken]
+    groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": cfg.weight_decay},
+              {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
+                              fused=device.type in ("cpu", "cuda"))
+    if not hidden:
+        return adamw
+    muon = torch.optim.Muon(hidden, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, momentum=cfg.beta1,
+                            adjust_lr_fn="match_rms_adamw")
+    return MuonAndAdamW(muon, adamw)
+
+
+def update_unless(optimizer, bad):
+    """One update, left out where the bool scalar tensor `bad` is true, without making CUDA wait.
+
+    Fused AdamW reads found_inf on the device. Muon knows none: on CUDA it gets zeros for gradients.
+    """
+    parts = (optimizer.muon, optimizer.adamw) if isinstance(optimizer, MuonAndAdamW) else (optimizer,)
+    for part in parts:
+        if part.defaults.get("fused"):
+            part.found_inf = bad.float()
+            part.step()
+        elif bad.device.type == "cuda":
+            for p in (p for group in part.param_groups for p in group["params"]):
+                p.grad.masked_fill_(bad, 0)
+            part.step()
+        elif not bad:
+            part.step()
