@@ -56,8 +56,11 @@ def spread(values):
 
 
 def rates(amount, seconds):
-    """The spread of amount / seconds over the repeats' seconds; None without repeats."""
-    return spread(amount / s for s in seconds) if seconds else None
+    """The spread of amount / seconds over some repeats' seconds: its median belongs to theirs; None for none."""
+    if not seconds:
+        return None
+    of = spread(seconds)
+    return {"median": amount / of["median"], "low": amount / of["high"], "high": amount / of["low"]}
 
 
 def synchronize(device):
@@ -191,7 +194,7 @@ def load_peer(path):
     module = sys.modules["bench_peer"] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # it may raise anything
+    except (Exception, SystemExit) as error:  # it may raise anything
         raise UserError(f"the peer {path} cannot be imported: {type(error).__name__}: {error}") from None
     if missing := [name for name in ("GPT", "GPTConfig") if not hasattr(module, name)]:
         raise UserError(f"the peer {path} has no {' and no '.join(missing)}: it must be built as nanoGPT's model.py is")
@@ -331,7 +334,6 @@ def measurements(run, args, random_data):
                  for name, contender in zip(("ours", "peer"), contenders)},
         "memory_is": "torch.cuda.max_memory_allocated" if run.device.type == "cuda" else "peak RSS of the process",
         "speedup": speedups(*contenders) if args.peer else None,
-        "tokenizer": None if random_data else run.corpus.tokenizer.kind,
         "tokenize_mb_per_second": rates(n_bytes / 1e6, seconds),
     }
 
@@ -372,7 +374,7 @@ def table(result):
     rows = [("", *result["runs"])]
     columns = [list(rows_of(run, result["memory_is"])) for run in result["runs"].values()]
     rows += [(cells[0][0], *(figure for _, figure in cells)) for cells in zip(*columns)]
-    rows.append((f"tokenize MB/s, {result['tokenizer']}", with_spread(result["tokenize_mb_per_second"], 1)))
+    rows.append(("tokenize MB/s", with_spread(result["tokenize_mb_per_second"], 1)))
     if speedup := result["speedup"]:
         rows.append(("step, peer's time / ours", with_spread(speedup["step"], 2)))
         rows.append(("decoding, peer's time / ours", with_spread(speedup["decode"], 2)))
@@ -408,8 +410,8 @@ def main(argv):
     parser.add_argument("--decode_tokens", type=number(int, low=0), default=100,
                         help="length of the texts generated, each from one token; 0: none (default 100)")
     parser.add_argument("--peer", metavar="PATH/model.py",
-                        help="a file with GPT and GPTConfig as nanoGPT's model.py has them, which is executed: timed in "
-                             "turn with ours in the same process, as nanoGPT trains (float32 off CUDA)")
+                        help="a file with GPT and GPTConfig as in nanoGPT's model.py: it is executed, and timed by "
+                             "turns with ours in the same process, as nanoGPT trains (float32 off CUDA)")
     parser.add_argument("--peer_compile", action="store_true", help="torch.compile the peer too")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     args, rest = parser.parse_known_args(argv)
