@@ -34,13 +34,14 @@ PHASES = ("data", "forward", "backward", "optimizer")
 GPT2_VOCABULARY = 50257
 RANDOM_TOKENS = 2_000_000
 SECONDS_A_TURN = 0.3  # long enough that a short step finds its own weights in the caches again
+UNUSED_FIELDS = ("max_iters", "epochs", "resume", "data_dir", "out_dir", "log_dir")  # of no weight for a step's time
 REPEATS = 5  # of decoding and of tokenizing, after one that is not counted
 
 HELP = f"""
 {__doc__}
 What is timed is training's own step, on the config's data. A GPT-2 size ({", ".join(GPT2_SIZES)}) trains on
-random tokens unless --dataset names a data set. Every flag of train_gpt2.py works (see its --help); max_iters, epochs,
-resume, run_name, out_dir and log_dir mean nothing here, and nothing is kept.
+random tokens unless --dataset names a data set. Every flag of train_gpt2.py works (see its --help), but max_iters,
+epochs, resume, out_dir and log_dir change nothing here: no file is kept.
 
 data: waiting for a batch and sending it to the device. optimizer: all that follows the last backward pass: clipping,
 the update, the check for finite values. MFU: FLOP of the step (6 a parameter and token, and attention's) a second,
@@ -212,9 +213,10 @@ def seconds_of_phases(marks):
 def warm_up(contender, n_steps, held=0):
     """Do n_steps steps that do not count. They show the peak memory, without the `held` bytes of others."""
     on_cuda = contender.device.type == "cuda"
+    contender.run_steps(1)  # it may compile
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
-    contender.seconds_a_step = sum(contender.run_steps(n_steps)[-1].values())
+    contender.seconds_a_step = sum(contender.run_steps(n_steps - 1)[-1].values())
     if on_cuda:
         contender.peak_memory = torch.cuda.max_memory_allocated() - held
     elif isinstance(contender, Ours):  # the peer comes later into the same process
@@ -327,7 +329,8 @@ def measurements(run, args, random_data):
     n_bytes, seconds = (0, []) if random_data else tokenization_seconds(run.corpus)
     return {
         "device": device_name(run.device), "torch": torch.__version__,
-        "config": dataclasses.asdict(cfg), "vocab_size": run.corpus.tokenizer.vocab_size,
+        "config": {name: value for name, value in vars(cfg).items() if name not in UNUSED_FIELDS},
+        "vocab_size": run.corpus.tokenizer.vocab_size,
         "tokens_per_step": run.sequences * cfg.block_size,
         "steps": args.steps, "warmup": args.warmup, "decode_tokens": args.decode_tokens, "peer": args.peer,
         "runs": {name: figures(contender, cfg, args.decode_tokens)
