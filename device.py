@@ -1,13 +1,14 @@
 """Which device and number format to compute with, and how fast the device could be."""
 
 import contextlib
+import re
 
 import torch
 
 from errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Dense bf16 (V100, T4: fp16) peak in FLOP/s by the makers' data sheets; the first name found in the device's name.
+# Dense bf16 (V100, T4: fp16) peak in FLOP/s by the makers' data sheets; the first whole name in the device's name.
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
               "A10": 125e12, "A6000": 155e12, "V100": 125e12, "T4": 65e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
@@ -73,6 +74,8 @@ def device_name(device):
 
 
 def peak_flops(device):
-    """Peak FLOP/s of the device, or None when it is not known."""
+    """Peak FLOP/s of the device, or None when it is not known (as of the slower kin of a known card)."""
     name = device_name(device) if device.type == "cuda" else ""
-    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
+    if re.search(r"\b(NVL|MIG|Laptop|D)\b", name):
+        return None
+    return next((peak for known, peak in PEAK_FLOPS.items() if re.search(rf"\b{known}\b", name)), None)

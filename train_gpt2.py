@@ -281,6 +281,11 @@ class Trainer:
         left = (self.cfg.max_iters - self.progress.step) * self.timer.mean()
         print(f"expected time: {duration(left)} for the steps left, evaluations not counted", flush=True)
 
+    def batches(self):
+        """The windows (x, y) of each step still to do, as optimizer_step takes them."""
+        return step_loader(self.train_data, self.sequences, self.cfg.seed, self.progress.step, self.cfg.max_iters,
+                           pin_memory=self.device.type == "cuda")
+
     def optimizer_step(self, x, y):
         """One update from a step's windows x, y, int64 (sequences, block_size), on the CPU.
 
@@ -550,8 +555,7 @@ def train(cfg):
     run = Trainer(cfg)
     cfg, progress = run.cfg, run.progress
     run.print_start()
-    batches = step_loader(run.train_data, run.sequences, cfg.seed, progress.step, cfg.max_iters,
-                          pin_memory=run.device.type == "cuda")
+    batches = run.batches()
     first_step, epoch_start = progress.step, mark(run.device)
     if run.finished():
         print("nothing to do: the run is finished; a larger --max_iters, --epochs or --patience makes it go on")

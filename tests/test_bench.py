@@ -1,0 +1,212 @@
+import json
+import re
+from contextlib import closing
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import assert_refused, run
+
+import bench
+from config import config_from_argv
+from device import peak_flops
+from errors import UserError
+from train_gpt2 import Trainer
+
+# A peer of our own: nanoGPT's constructor and calls around a bigram model. It talks, as peers do.
+PEER = """
+import torch
+from dataclasses import dataclass
+
+@dataclass
+class GPTConfig:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float
+    bias: bool
+
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.wte = torch.nn.Embedding(config.vocab_size, config.n_embd)
+        self.lm_head = torch.nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        print("number of parameters: some")
+
+    def forward(self, idx, targets=None):
+        logits = self.lm_head(self.wte(idx))
+        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+"""
+
+
+@pytest.fixture
+def peer(tmp_path):
+    path = tmp_path / "model.py"
+    path.write_text(PEER)
+    return path
+
+
+def table_rows(text):
+    """{label: figures} of the table in a script's output."""
+    return {cells[0]: cells[1:] for cells in (re.split(r"  +", line) for line in text.splitlines())}
+
+
+def close_trainer(tiny_args, tmp_path, name):
+    flags = [f"--out_dir={tmp_path}/checkpoints", f"--log_dir={tmp_path}/runs", f"--run_name={name}",
+             "--gradient_accumulation_steps=2", "--dropout=0.1"]
+    return closing(Trainer(config_from_argv([*tiny_args, *flags])[0]))
+
+
+def test_json_beside_a_peer(tiny_args, tmp_path, peer):
+    process = run("bench.py", *tiny_args, "--gradient_accumulation_steps=2", "--steps=6", "--warmup=2",
+                  "--decode_tokens=5", "--peer", peer, "--json", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    result = json.loads(process.stdout)
+    assert result["tokens_per_step"] == 2 * 4 * 32
+    assert set(result["runs"]) == {"ours", "peer"}
+    for figures in result["runs"].values():
+        ms, rate = figures["ms_per_step"], figures["tokens_per_second"]
+        assert 0 < ms["low"] <= ms["median"] <= ms["high"]
+        assert rate["median"] * ms["median"] == pytest.approx(1000 * result["tokens_per_step"])
+        assert sum(figures["share"].values()) == pytest.approx(1)
+        assert set(figures["share"]) == {"data", "forward", "backward", "optimizer"}
+        assert all(share > 0 for share in figures["share"].values())
+        assert figures["dtype"] == "float32" and figures["compiled"] is False
+        assert 0 < figures["mfu"] < 1 and figures["peak_flops"] > 1e9
+    ours, beside = result["runs"]["ours"], result["runs"]["peer"]
+    assert ours["peak_memory_bytes"] > 50e6 and beside["peak_memory_bytes"] is None
+    assert ours["decode_tokens_per_second"]["median"] > 0 and beside["decode_tokens_per_second"] is None
+    assert result["tokenize_mb_per_second"]["low"] > 0
+    assert 0 < result["speedup"]["step"]["low"] <= result["speedup"]["step"]["median"]
+    assert result["speedup"]["decode"] is None
+    assert not any((tmp_path / name).exists() for name in ("checkpoints", "runs"))
+
+
+def test_table(tiny_args, peer, capsys):
+    assert bench.main([*tiny_args, "--steps=2", "--warmup=2", "--decode_tokens=2", f"--peer={peer}"]) == 0
+    rows = table_rows(capsys.readouterr().out)
+    assert rows[""] == ["ours", "peer"]
+    assert rows["number format"] == ["float32, not compiled"] * 2
+    assert rows["peak RSS of the process"][1] == rows["decode tokens/s"][1] == "n/a"
+    shares = [float(rows[f"time in {phase}"][0].rstrip("%")) for phase in bench.PHASES]
+    assert sum(shares) == pytest.approx(100, abs=0.3)
+    assert re.fullmatch(r"[\d.]+ \([\d.]+ to [\d.]+\)", rows["step, peer's time / ours"][0])
+
+
+def test_gpt2_size_on_random_tokens(capsys):
+    assert bench.main(["gpt2", "--n_layer=1", "--n_head=1", "--n_embd=8", "--block_size=16", "--batch_size=1",
+                       "--steps=1", "--warmup=2", "--decode_tokens=0", "--device=cpu", "--dtype=float32"]) == 0
+    out = capsys.readouterr().out
+    assert "50,257 symbols; 1 x 1 sequences of 16 = 16 tokens a step" in out
+    rows = table_rows(out)
+    assert rows["parameters"] == [f"{50304 * 8 + 12 * 8 * 8 + 13 * 8 + 2 * 8:,}"]
+    assert rows["tokenize MB/s"] == rows["decode tokens/s"] == ["n/a"]
+
+
+def test_phases_end_where_they_say(tiny_args, tmp_path, monkeypatch):
+    """When a phase's end is marked its work is done, the next one's not begun."""
+    with close_trainer(tiny_args, tmp_path, "phases") as trainer:
+        ours, states = bench.Ours(trainer), []
+        weights = [p.detach().clone() for p in trainer.model.parameters()]
+        mark = bench.Contender.mark
+
+        def look(contender, phase):
+            grads = [p.grad for p in trainer.model.parameters()]
+            changed = any(not torch.equal(p, old) for p, old in zip(trainer.model.parameters(), weights))
+            first = float(grads[0].norm()) if all(grad is not None for grad in grads) else None
+            states.append((phase, first, changed))
+            mark(contender, phase)
+
+        monkeypatch.setattr(bench.Contender, "mark", look)
+        [seconds] = ours.run_steps(1)
+    assert [phase for phase, _, _ in states] == [None, *["data", "forward", "backward"] * 2, "optimizer"]
+    one, two = states[3][1], states[6][1]
+    assert [grad for _, grad, _ in states] == [None, None, None, one, one, one, two, None]
+    assert one and two and one != two
+    assert [changed for _, _, changed in states] == [False] * 7 + [True]
+    assert set(seconds) == set(bench.PHASES)
+
+
+def test_the_step_is_trainings(tiny_args, tmp_path):
+    weights = []
+    for name in ("timed", "plain"):
+        with close_trainer(tiny_args, tmp_path, name) as trainer:
+            if name == "timed":
+                bench.Ours(trainer).run_steps(3)
+            else:
+                for _, (x, y) in zip(range(3), trainer.batches()):
+                    trainer.optimizer_step(x, y)
+            weights.append(trainer.model.state_dict())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_figures_of_known_times(monkeypatch):
+    """Three steps of 1, 2 and 4 s on a card: rates, shares, ratio by hand; no MFU where the card is unknown."""
+    def contender(*seconds):
+        steps = [{"data": s / 8, "forward": s / 4, "backward": s / 2, "optimizer": s / 8} for s in seconds]
+        return SimpleNamespace(turns=[[step] for step in steps], device=torch.device("cuda"), dtype=torch.bfloat16,
+                               compiled=True, n_params=10, flops_per_token=989e9, decode_seconds=[2.0, 4.0, 8.0],
+                               peak_memory=2**30)
+
+    cfg = config_from_argv(["--batch_size=5", "--gradient_accumulation_steps=2", "--block_size=100"])[0]
+    ours, peer = contender(1.0, 2.0, 4.0), contender(3.0, 3.0, 4.0)
+    for card, mfu in (("NVIDIA H100 80GB HBM3", 0.5), ("NVIDIA X1 Unheard-of", None)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, card=card: card)
+        figures = bench.figures(ours, cfg, 16)
+        assert figures["mfu"] == mfu
+        rows = dict(bench.rows_of(figures, "memory"))
+        assert rows["MFU"] == ("n/a" if mfu is None else "50.0% of 989 TFLOP/s")
+    assert figures["ms_per_step"] == {"median": 2000, "low": 1500, "high": 3000}
+    assert figures["tokens_per_second"]["median"] == 500
+    assert figures["share"] == {"data": 1 / 8, "forward": 1 / 4, "backward": 1 / 2, "optimizer": 1 / 8}
+    assert figures["decode_tokens_per_second"]["median"] == 4
+    assert rows["memory"] == "1,024 MiB"
+    assert bench.speedups(ours, peer)["step"] == {"median": 1.5, "low": 1.25, "high": 2.25}
+
+
+@pytest.mark.parametrize("card, teraflops", [
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-40GB", 312), ("Tesla T4", 65),
+    ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA T400 4GB", None), ("NVIDIA L40", None), ("NVIDIA A10G", None),
+    ("NVIDIA H100 NVL", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GH200 480GB", None),
+])
+def test_only_known_cards_have_a_peak(monkeypatch, card, teraflops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
+    assert peak_flops(torch.device("cuda")) == (teraflops and teraflops * 1e12)
+
+
+def test_missing_peer_is_refused(tmp_path):
+    process = run("bench.py", "--peer", "nothing.py", cwd=tmp_path)
+    assert_refused(process, "nothing.py")
+    assert process.stdout == "" and process.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("source, words", [
+    ("class GPTConfig: pass", "no GPT:"), ("x = 1", "no GPT and no GPTConfig"), ("def (", "SyntaxError"),
+    ("import no_such_module", "ModuleNotFoundError"), ("raise SystemExit(0)", "SystemExit"),
+])
+def test_what_is_no_peer_is_refused(tmp_path, source, words):
+    path = tmp_path / "model.py"
+    path.write_text(source)
+    with pytest.raises(UserError, match=words) as error:
+        bench.load_peer(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_peer_of_another_shape_is_refused(tiny_args, tmp_path, peer):
+    peer.write_text(PEER.replace("    dropout: float\n", ""))
+    with pytest.raises(UserError, match="dropout"):
+        bench.main([*tiny_args, "--warmup=2", f"--peer={peer}"])
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["gpt3"], "gpt2-medium"), (["--stps=3"], "--stps"), (["--peer_compile"], "--peer"),
+    (["gpt2", "--n_head=7"], "768"),
+])
+def test_bad_command_lines_are_refused(argv, words):
+    with pytest.raises(UserError, match=words):
+        bench.main(argv)
