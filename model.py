@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from inference import GraphedStep, KVCache, choose_tokens, penalised
 from loss import linear_cross_entropy
 
 GPT2_SIZES = {
@@ -356,106 +357,7 @@ class GPT(nn.Module):
         finally:
             self.train(was_training)
 
-    def generate(self, idx, max_new_tokens, **options):
+    def generate(self, idx, max_new_tokens, num_samples=1, **options):
         """Tokens idx, int64 (B, T), with their continuations: (B * num_samples, T + max_new_tokens). See `stream`."""
-        new = torch.stack(list(self.stream(idx, max_new_tokens, **options)), dim=1)
-        return torch.cat((idx.repeat_interleave(len(new) // len(idx), dim=0), new), dim=1)
-
-
-class KVCache:
-    """Keys and values of the tokens read so far, allocated once: `keys` and `values`, (L, B, H, block_size, D).
-
-    A static one always gives all its places, under a mask, and counts its length in a tensor: no
-    shape ever changes, as a CUDA graph needs. The other gives what is there.
-    """
-
-    def __init__(self, config, batch_size, device, dtype, static=False):
-        shape = config.n_layer, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.static = static
-        self.length = torch.zeros(1, dtype=torch.int64, device=device) if static else 0
-        self.numbers = torch.arange(config.block_size, device=device)
-        self.places, self.mask = slice(0, 0), None
-
-    def advance(self, T):
-        """Make place for T tokens; their positions, a slice or int64 (T,)."""
-        if self.static:
-            self.places = self.length + self.numbers[:T]
-            self.mask = self.numbers <= self.places[:, None]  # (T, block_size)
-            self.length.add_(T)
-        else:
-            if self.length and T > 1:
-                raise ValueError("a cache takes many tokens when it is empty, and then one at a time")
-            self.places = slice(self.length, self.length + T)
-            self.length += T
-        return self.places
-
-    def store(self, layer, k, v):
-        """Keep k and v, (B, H, T, D), of a layer; all its keys and values so far, and the mask or None."""
-        keys, values = self.keys[layer], self.values[layer]
-        keys[:, :, self.places], values[:, :, self.places] = k, v
-        if self.static:
-            return keys, values, self.mask
-        return keys[:, :, : self.length], values[:, :, : self.length], None
-
-    def take(self, other, rows):
-        """Copy the content of another cache's only row into `rows`, a slice."""
-        self.keys[:, rows, :, : other.length] = other.keys[:, :, :, : other.length]
-        self.values[:, rows, :, : other.length] = other.values[:, :, :, : other.length]
-        self.length = self.length.fill_(other.length) if self.static else other.length
-
-
-class GraphedStep:
-    """`GPT.step` for one token a row as a CUDA graph: one launch instead of some hundreds. `cache` is static."""
-
-    def __init__(self, model, cache):
-        self.idx = torch.zeros((cache.keys.size(1), 1), dtype=torch.int64, device=cache.keys.device)
-        self.graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # libraries make their workspaces, which a capture may not
-            model.step(self.idx, cache)
-        torch.cuda.current_stream().wait_stream(stream)
-        cache.length.zero_()
-        with torch.cuda.graph(self.graph):
-            self.logits = model.step(self.idx, cache)
-        cache.length.zero_()
-
-    def __call__(self, idx, cache):
-        self.idx.copy_(idx)
-        self.graph.replay()
-        return self.logits
-
-
-def penalised(logits, penalty):
-    return torch.where(logits > 0, logits / penalty, logits * penalty)
-
-
-def choose_tokens(logits, uniforms, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """Draw a token for each row of logits, float (B, V), with uniforms, float64 (B,) in [0, 1): int64 (B,).
-
-    temperature 0 takes the likeliest. Else the logits are divided by it, and in this order top_k > 0
-    keeps the k likeliest, top_p < 1 the fewest likeliest that hold so much probability (nucleus, Holtzman
-    et al. 2020), min_p > 0 those at least min_p times as likely as the likeliest (Nguyen et al. 2024).
-    """
-    device = logits.device
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    if device.type == "mps":
-        logits = logits.cpu()  # it has no float64
-    ids = None
-    if 0 < top_k < logits.size(-1):
-        logits, ids = logits.topk(top_k)  # from the likeliest down
-    elif top_p < 1:
-        logits, ids = logits.sort(dim=-1, descending=True)
-    logits = logits.double()
-    p = F.softmax((logits - logits.amax(dim=-1, keepdim=True)) / temperature, dim=-1)
-    if top_p < 1:
-        p = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0)
-    if min_p > 0:
-        p = p.masked_fill(p < min_p * p.amax(dim=-1, keepdim=True), 0)
-    cumulative = p.cumsum(dim=-1)
-    # The first place whose cumulative probability is over uniform * total: never one of probability 0.
-    drawn = torch.searchsorted(cumulative, uniforms.to(p.device)[:, None] * cumulative[:, -1:], right=True)
-    return (drawn if ids is None else ids.gather(-1, drawn))[:, 0].to(device)
+        new = [tokens[:, None] for tokens in self.stream(idx, max_new_tokens, num_samples, **options)]
+        return torch.cat((idx.repeat_interleave(num_samples, dim=0), *new), dim=1)

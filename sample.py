@@ -70,9 +70,8 @@ def main(argv):
     prompt = tokenizer.start if args.prompt is None else read_prompt(args.prompt)
     start = torch.tensor([tokenizer.encode(prompt).tolist()], device=device)
     for i in range(args.num_samples):
-        # A generator a sample: the i-th text does not depend on how many are asked for.
-        generator = torch.Generator(device).manual_seed(args.seed + i)
-        tokens = model.generate(start, args.max_new_tokens, args.temperature, args.top_k, generator)
+        tokens = model.generate(start, args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
+                                seed=args.seed + i)
         print(tokenizer.decode(tokens[0].tolist()), flush=True)
         if i + 1 < args.num_samples:
             print("-" * 40)

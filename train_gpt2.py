@@ -419,11 +419,9 @@ class Trainer:
 
     def sample(self):
         """A text of sample_tokens tokens out of nothing; the same text for the same weights."""
-        generator = torch.Generator(self.device).manual_seed(self.cfg.seed)
         tokenizer = self.corpus.tokenizer
         start = torch.tensor([tokenizer.encode(tokenizer.start).tolist()], device=self.device)
-        with autocast(self.device, self.dtype):
-            tokens = self.model.generate(start, self.cfg.sample_tokens, temperature=0.8, top_k=200, generator=generator)
+        tokens = self.model.generate(start, self.cfg.sample_tokens, temperature=0.8, top_k=200, seed=self.cfg.seed)
         return tokenizer.decode(tokens[0].tolist())
 
     def finished(self):

@@ -1,0 +1,140 @@
+import numpy as np
+import pytest
+import torch
+from test_model import FAMILIES, make
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from inference import PackedLinear, choose_tokens, prepare_for_inference
+
+CPU = torch.device("cpu")
+
+
+def without_cache(model, tokens, n_new):
+    """Greedy continuation that reads the whole window again for every token."""
+    for _ in range(n_new):
+        with torch.no_grad():
+            logits = model(tokens[:, model.window_start(tokens.size(1)) :])[0]
+        tokens = torch.cat((tokens, logits[:, -1].argmax(-1, keepdim=True)), dim=1)
+    return tokens
+
+
+@pytest.mark.parametrize("pos", ["learned", "sinusoidal", "rope"])
+@pytest.mark.parametrize("family", ["gpt2", "modern"])
+def test_greedy_text_with_cache_equals_without(family, pos):
+    model = make(family, pos=pos, block_size=64)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3)  # near initialisation a text soon repeats itself
+    idx = torch.randint(50, (2, 7))
+    expected = without_cache(model, idx, 600)
+    assert len(expected[0].unique()) > 5
+    assert torch.equal(model.generate(idx, 600, temperature=0), expected)
+
+
+def test_window_is_the_whole_text_and_then_at_least_half_a_context():
+    model = make(block_size=16)
+    assert [model.window_start(n) for n in (1, 16, 17, 24, 25, 32, 33)] == [0, 0, 8, 8, 16, 16, 24]
+    assert [make(block_size=1).window_start(n) for n in (1, 2, 3)] == [0, 1, 2]
+    assert all(0 < n - make(block_size=5).window_start(n) <= 5 for n in range(1, 40))
+
+
+@pytest.mark.parametrize("length", [15, 16, 17, 100])
+def test_a_prompt_of_any_length_is_continued(length):
+    model = make(block_size=16)
+    idx = torch.randint(50, (1, length))
+    assert torch.equal(model.generate(idx, 20, temperature=0), without_cache(model, idx, 20))
+    assert torch.equal(model.generate(idx, 0), idx)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sample_is_the_same_among_others(family, prepared):
+    model = make(family)
+    if prepared:
+        prepare_for_inference(model, CPU, torch.bfloat16)
+    idx = torch.randint(50, (1, 5))
+    together = model.generate(idx, 40, num_samples=4, seed=7, temperature=2.0)
+    alone = [model.generate(idx, 40, seed=7 + i, temperature=2.0)[0] for i in range(4)]
+    assert torch.equal(together, torch.stack(alone))
+    assert len({tuple(row.tolist()) for row in together}) == 4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_static_cache_gives_the_same_text(family, monkeypatch):
+    """The graph itself needs CUDA; its cache, whose shapes never change, does not."""
+    monkeypatch.setattr("model.GraphedStep", lambda model, cache: model.step)
+    model = make(family)
+    idx = torch.randint(50, (2, 5))
+    options = dict(max_new_tokens=40, num_samples=2, temperature=0.8)
+    assert torch.equal(model.generate(idx, cuda_graph=True, **options), model.generate(idx, **options))
+
+
+FILTERS = {
+    "none": ({}, []),
+    "temperature": (dict(temperature=0.7), [TemperatureLogitsWarper(0.7)]),
+    "top_k": (dict(top_k=4), [TopKLogitsWarper(4)]),
+    "top_k over the vocabulary": (dict(top_k=999), []),
+    "top_p": (dict(top_p=0.6), [TopPLogitsWarper(0.6)]),
+    "min_p": (dict(min_p=0.2), [MinPLogitsWarper(0.2)]),
+    "repetition_penalty": (dict(repetition_penalty=1.5), [RepetitionPenaltyLogitsProcessor(1.5)]),
+    "all": (dict(temperature=1.3, top_k=9, top_p=0.8, min_p=0.1, repetition_penalty=1.2),
+            [RepetitionPenaltyLogitsProcessor(1.2), TemperatureLogitsWarper(1.3), TopKLogitsWarper(9),
+             TopPLogitsWarper(0.8), MinPLogitsWarper(0.1)]),
+}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_samples_follow_the_filtered_distribution(name):
+    options, processors = FILTERS[name]
+    model = make(vocab_size=12, tie_weights=False)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(10)
+    idx = torch.tensor([[1, 2, 3, 1]])
+    logits = model(idx)[0][:, -1].detach()
+    assert 1 < logits.std() < 2
+    n = 10_000
+    expected = n * LogitsProcessorList(processors)(idx, logits).softmax(-1)[0].double().numpy()
+    counts = np.bincount(model.generate(idx, 1, num_samples=n, **options)[:, -1], minlength=12)
+    assert (counts[expected == 0] == 0).all()
+    chi_squared = ((counts - expected) ** 2 / np.maximum(expected, 1e-9))[expected > 0].sum()
+    assert chi_squared < 35, (counts, expected)  # at most 11 degrees of freedom: p < 0.0003
+
+
+def test_uniforms_at_the_ends_choose_tokens_that_are_left():
+    logits = torch.tensor([[0.0, 1.0, -torch.inf, 3.0, 2.0]])
+    ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    for options in ({}, dict(top_k=3), dict(top_p=0.7), dict(min_p=0.1)):
+        chosen = choose_tokens(logits.expand(2, 5), ends, **options).tolist()
+        assert 2 not in chosen and (options == {} or 0 not in chosen)
+
+
+def test_generation_leaves_the_mode_and_the_global_generator_alone():
+    model = make(dropout=0.5).train()
+    before = torch.get_rng_state()
+    model.generate(torch.tensor([[1]]), 3)
+    assert model.training and torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_a_packed_layer_is_the_layer(rows):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(48, 37)
+    x = torch.randn(1, rows, 48)
+    packed = PackedLinear(linear)
+    assert torch.allclose(packed(x), linear(x), atol=1e-5)
+    assert torch.equal(packed(x)[:, :1], packed(x[:, :1]))
+
+
+def test_a_prepared_model_gives_the_same_logits():
+    model = make()
+    idx = torch.randint(50, (1, 16))
+    with torch.no_grad():
+        expected = model(idx)[0]
+        assert torch.allclose(prepare_for_inference(model, CPU, torch.float32)(idx)[0], expected, atol=1e-5)
