@@ -1,5 +1,6 @@
 """The one kind of error that scripts report without a traceback."""
 
+import io
 import os
 import re
 import sys
@@ -24,8 +25,9 @@ def run_script(main):
     A UserError becomes a line on stderr and exit code 2, Ctrl-C becomes 130; any other
     exception is a bug and keeps its traceback.
     """
-    for stream in filter(None, (sys.stdin, sys.stdout)):
-        stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):  # not None, as where it is closed
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     try:
         if lost := [word for word in sys.argv[1:] if re.fullmatch(r"--\w+=--", word)]:
             raise UserError(f"{lost[0]}: a value cannot be '--'")  # argparse before Python 3.13 loses it

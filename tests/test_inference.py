@@ -96,9 +96,9 @@ def test_samples_follow_the_filtered_distribution(name):
     model = make(vocab_size=12, tie_weights=False)
     with torch.no_grad():
         model.lm_head.weight.mul_(10)
-    idx = torch.tensor([[1, 2, 3, 1]])
+    idx = torch.tensor([[1, 2, 3, 4, 5, 6, 1]])
     logits = model(idx)[0][:, -1].detach()
-    assert 1 < logits.std() < 2
+    assert 1 < logits.std() < 2 and logits[0, 1:7].min() < -0.5 < 0.5 < logits[0, 1:7].max()
     n = 10_000
     expected = n * LogitsProcessorList(processors)(idx, logits).softmax(-1)[0].double().numpy()
     counts = np.bincount(model.generate(idx, 1, num_samples=n, **options)[:, -1], minlength=12)
@@ -122,11 +122,12 @@ def test_generation_leaves_the_mode_and_the_global_generator_alone():
     assert model.training and torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("width", [48, 3072])  # one row of many columns is summed another way
 @pytest.mark.parametrize("rows", [1, 2, 7])
-def test_a_packed_layer_is_the_layer(rows):
+def test_a_packed_layer_is_the_layer(rows, width):
     torch.manual_seed(0)
-    linear = torch.nn.Linear(48, 37)
-    x = torch.randn(1, rows, 48)
+    linear = torch.nn.Linear(width, width // 4)
+    x = torch.randn(1, rows, width)
     packed = PackedLinear(linear)
     assert torch.allclose(packed(x), linear(x), atol=1e-5)
     assert torch.equal(packed(x)[:, :1], packed(x[:, :1]))

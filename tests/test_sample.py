@@ -20,6 +20,7 @@ from sample import Continuation, main
 from tokenizer import CharTokenizer, GPT2Tokenizer
 
 BYTES = GPT2Tokenizer("#version: 0.2\n")  # GPT-2's tokenizer without merges: a token a byte
+UNBUFFERED_IS_UNSET = os.environ | {"PYTHONUNBUFFERED": ""}
 ID_OF_BYTE = {BYTES.bytes_of(id)[0]: id for id in range(256)}
 
 
@@ -101,6 +102,9 @@ def test_characters_are_shown_when_they_are_whole():
     assert shown[-1] == continuation.text[1:] == "\ufffd"  # never finished: not left out
     shown, continuation = pieces(BYTES, [*BYTES.encode("ab"), BYTES.end_of_text, *BYTES.encode("c")], [])
     assert continuation.text == "ab" and continuation.stop_reason == "end_of_text"
+    merged = GPT2Tokenizer("#version: 0.2\nb â\n")  # a token of "b" and the first byte of "☃"
+    _, continuation = pieces(merged, [*merged.encode("a"), 256, 0], ["b"])
+    assert continuation.text == "a" and len(continuation.tokens) == 2
 
 
 def test_stop_texts_against_a_search_in_the_whole_text():
@@ -121,9 +125,9 @@ def test_stop_texts_against_a_search_in_the_whole_text():
 
 
 def test_text_appears_as_it_is_made_and_ctrl_c_ends_it(alone):
-    process = subprocess.Popen([sys.executable, "sample.py", "--ckpt", "model.pt", "--max_new_tokens", "100000000"],
-                               cwd=alone, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert len(process.stdout.read(100)) == 100
+    process = subprocess.Popen([sys.executable, "sample.py", "--ckpt", "model.pt", "--max_new_tokens", "7000"], cwd=alone,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=UNBUFFERED_IS_UNSET)
+    assert len(os.read(process.stdout.fileno(), 10_000)) < 7000  # as much as there is
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and b"Traceback" not in errors
@@ -164,14 +168,22 @@ def test_interactive_in_a_terminal(alone):
 
 
 def test_interactive_lines_from_a_pipe(alone):
-    args = [sys.executable, "sample.py", "--ckpt", "model.pt", "--max_new_tokens", "9", "--json"]
-    process = subprocess.run([*args, "--interactive"], cwd=alone, input="The \n\nA\n☃\n\udcff\nThe ".encode(
-        errors="surrogateescape"), capture_output=True, timeout=60)
-    first, second, third = map(json.loads, process.stdout.splitlines())
-    assert [first["prompt"], second["prompt"], third["prompt"]] == ["The ", "A", "The "]
-    assert [first["seed"], second["seed"], third["seed"]] == [1337, 1338, 1341]
-    assert process.stderr.count(b"error: ") == 2 and process.returncode == 0
-    assert first["text"] == objects(sample(alone, *args[2:], "--prompt", "The "))[0]["text"]
+    """Each answer comes whole before the next line is asked for."""
+    args = ["--ckpt", "model.pt", "--max_new_tokens", "9"]
+    process = subprocess.Popen([sys.executable, "sample.py", *args, "--interactive"], cwd=alone, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=UNBUFFERED_IS_UNSET)
+    answers = []
+    for line in ("The ", "A", "The "):
+        process.stdin.write(f"{line}\n".encode())
+        process.stdin.flush()
+        answer = b""
+        while len(answer) < 10 and select.select([process.stdout], [], [], 60)[0]:
+            answer += os.read(process.stdout.fileno(), 10 - len(answer))
+        answers.append(answer.decode())
+    output, errors = process.communicate("\n☃\n\udcff\n".encode(errors="surrogateescape"), timeout=60)
+    assert process.returncode == 0 and output == b"" and errors.count(b"error: ") == 2
+    for seed, line, answer in zip((1337, 1338, 1339), ("The ", "A", "The "), answers):
+        assert sample(alone, *args, "--prompt", line, "--seed", seed).stdout == line + answer
 
 
 def test_score_is_the_evaluation(alone, tmp_path):
