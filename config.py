@@ -286,11 +286,8 @@ def load_config(path=None, overrides=None, shape_of=None):
     values |= overrides or {}
     if values.get("run_name") is None:
         values["run_name"] = Path(path).stem if path else values.get("dataset", TrainConfig.dataset)
-    if not (shape_of and values.get("init_from")):
-        cfg, more = build_config(values)
-        return cfg, problems + more
-    cfg, more = build_config(values, unsure=SHAPE)
-    if cfg.init_from:
+    cfg, more = build_config(values, unsure=SHAPE if values.get("init_from") else ())
+    if cfg.init_from and shape_of:
         shape, unfit = shape_of(cfg)
         cfg, more = build_config(shape | values, unsure=() if shape else SHAPE)
         more += conflicts(values, shape, cfg.init_from) + unfit

@@ -66,6 +66,7 @@ class Pretrained:
 
 def find(name, data_dir="data"):
     """The Pretrained that `name` means: one of PUBLISHED or a folder. UserError if it is none, or is not supported."""
+    name = os.fspath(name)
     if not is_model(name):
         raise UserError(f"{name} is neither one of {', '.join(PUBLISHED)}{nearest(name, PUBLISHED)} nor a folder in "
                         f"Hugging Face's layout (with config.json and {WEIGHTS})")
