@@ -249,7 +249,7 @@ def test_what_is_no_model(tmp_path, folder):
 # A hub
 
 class Hub(BaseHTTPRequestHandler):
-    """Answers like huggingface.co: for large files a redirect whose headers tell the sha256, small ones as git blobs."""
+    """Answers like huggingface.co: large files by a redirect whose headers tell the sha256, small ones as git blobs."""
 
     def do_HEAD(self):
         self.answer(send=False)
