@@ -15,9 +15,9 @@ from pathlib import Path
 MOST_STEPS = 10**8  # checkpoint names have eight digits
 
 
-def knob(default, help, *, low=None, above=None, below=None, choices=None):
-    """A dataclass field with its help line and the values it may take: low <= value, above < value < below."""
-    limits = {"low": low, "above": above, "below": below, "choices": choices}
+def knob(default, help, *, low=None, above=None, high=None, below=None, choices=None):
+    """A dataclass field with its help line and the values it may take: low <= value <= high, above < value < below."""
+    limits = {"low": low, "above": above, "high": high, "below": below, "choices": choices}
     return field(default=default, metadata={"help": help, **limits})
 
 
@@ -147,6 +147,7 @@ def fits(value, kind, limits):
         kind is not int or abs(value) <= 2**32,
         limits["low"] is None or value >= limits["low"],
         limits["above"] is None or value > limits["above"],
+        limits["high"] is None or value <= limits["high"],
         limits["below"] is None or value < limits["below"],
         limits["choices"] is None or value in limits["choices"],
     ))
@@ -173,14 +174,14 @@ def describe(kind, limits):
     if limits["choices"]:
         return "one of " + ", ".join(limits["choices"])
     words = {int: "an int", float: "a finite float", str: "text", bool: "true or false"}[kind]
-    signs = {"low": ">=", "above": ">", "below": "<"}
+    signs = {"low": ">=", "above": ">", "high": "<=", "below": "<"}
     bounds = [f"{sign} {limits[key]}" for key, sign in signs.items() if limits[key] is not None]
     return " ".join([words, " and ".join(bounds)]).strip()
 
 
 def number(kind, **bounds):
     """An argparse `type` for an int or float within bounds (those of `knob`)."""
-    limits = dict.fromkeys(("low", "above", "below", "choices")) | bounds
+    limits = dict.fromkeys(("low", "above", "high", "below", "choices")) | bounds
 
     def parse(text):
         value = parse_text(kind, text)

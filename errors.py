@@ -18,11 +18,13 @@ class UserError(Exception):
 
 
 def run_script(main):
-    """Run `main(argv) -> exit code or None` as a script and exit.
+    """Run `main(argv) -> exit code or None` as a script, whose texts are UTF-8 on every system, and exit.
 
     A UserError becomes a line on stderr and exit code 2, Ctrl-C becomes 130; any other
     exception is a bug and keeps its traceback.
     """
+    for stream in filter(None, (sys.stdin, sys.stdout)):
+        stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     try:
         code = main(sys.argv[1:])
     except UserError as error:

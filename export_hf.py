@@ -94,8 +94,7 @@ def character_tokenizer(vocabulary):
 def write_folder(out, model, tokenizer):
     """Write the folder `out`, whole or not at all. UserError where that is not possible."""
     temporary = out.with_name(f".{out.name}.writing")
-    end_of_text = tokenizer.vocab_size - 1 if tokenizer.kind == "gpt2" else None
-    files = {"config.json": config_json(model.config, end_of_text),
+    files = {"config.json": config_json(model.config, tokenizer.end_of_text),
              **tokenizer_files(tokenizer, model.config.block_size)}
     make_folder(out.parent)
     try:

@@ -1,4 +1,4 @@
-"""Folders, locks, hashes, and what they have in common: errors in one line."""
+"""Folders, locks, hashes, texts, and what they have in common: errors in one line."""
 
 import hashlib
 from pathlib import Path
@@ -38,3 +38,18 @@ def sha256_of(path):
     """Hex sha256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_text(path):
+    """The UTF-8 text in the file `path`, line ends as they are. UserError for what is no text."""
+    try:
+        data = Path(path).read_bytes()
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder, not a text file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from None
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start}; "
+                        f"convert it first (iconv -f ENCODING -t utf-8)") from None

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from config import is_plain_name, nearest
 from download import BPE_MERGES, download, fetch_source
 from errors import UserError
+from files import read_text
 from model import GPT, GPTConfig
 from tokenizer import tokenizer_from_state
 
@@ -105,9 +106,7 @@ def fetch_published(name, file, folder):
 def read_json(path):
     """The object in a JSON file, a dict. UserError if it cannot be read or is something else."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        content = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged, or no JSON: {error}; remove it and fetch it again") from None
     if not isinstance(content, dict):
@@ -177,16 +176,6 @@ def read_tokenizer_json(path):
         raise UserError(f"{path} is damaged: {error!r}") from None
     raise UserError(f"{path} holds a tokenizer of the type {str(model['type'])[:60]}, only BPE and characters "
                     f"(WordLevel) are supported")
-
-
-def read_text(path):
-    """The UTF-8 text of a file. UserError if it cannot be read."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is damaged: it is not UTF-8 at offset {error.start}") from None
 
 
 def tensor_files(folder):

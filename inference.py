@@ -4,8 +4,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from device import cpu_has_bfloat16
-
 
 class KVCache:
     """Keys and values of the tokens read so far, allocated once: `keys` and `values`, (L, B, H, block_size, D).
@@ -127,14 +125,6 @@ class PackedLinear(nn.Module):
             rows = rows.expand(2, -1).contiguous()  # one row alone is summed in another order
         y = torch.ops.mkldnn._linear_pointwise.default(rows, self.weight, self.bias, "none", [], "")
         return y[: x[..., 0].numel()].view(*x.shape[:-1], self.out_features)
-
-
-def inference_dtype(name, device):
-    """The torch.dtype for weights by "auto" or a name. Auto: bfloat16 where the device multiplies it fast."""
-    if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    fast = cpu_has_bfloat16() if device.type == "cpu" else device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
 
 
 def prepare_for_inference(model, device, dtype):

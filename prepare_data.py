@@ -11,6 +11,7 @@ from config import is_plain_name, nearest, number
 from dataset import SPLITS, write_corpus
 from download import BPE_MERGES, fetch_source
 from errors import UserError, run_script
+from files import read_text
 from tokenizer import CharTokenizer, GPT2Tokenizer
 
 SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
@@ -50,20 +51,7 @@ def make_tokenizer(kind, text, data_dir):
 
 def read_texts(paths):
     """The UTF-8 texts of `paths`, one after the other, nothing between them. UserError for what is no text."""
-    pieces = []
-    for path in map(Path, paths):
-        try:
-            data = path.read_bytes()
-        except IsADirectoryError:
-            raise UserError(f"{path} is a folder, not a text file: name the files in it") from None
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from None
-        try:
-            pieces.append(data.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start}; "
-                            f"convert it first (iconv -f ENCODING -t utf-8)") from None
-    return "".join(pieces)
+    return "".join(map(read_text, paths))
 
 
 def first_lines(text, n_lines):

@@ -32,7 +32,8 @@ class CharTokenizer:
             raise ValueError("a character vocabulary is a list of different single characters")
         self.vocab_size = len(self.itos)
         self.start = "\n" if "\n" in self.stoi else self.itos[0]  # what to continue when there is no prompt
-        self.token_bytes = np.array([len(char.encode("utf-8", errors="surrogatepass")) for char in self.itos])
+        self.end_of_text = None  # no token ends a text
+        self.token_bytes = np.array([len(self.bytes_of(id)) for id in range(self.vocab_size)])
         self._points = code_points("".join(self.itos))
         self._ids = np.full(0x110000, UNKNOWN, dtype=np.int32)
         self._ids[self._points] = np.arange(self.vocab_size)
@@ -55,6 +56,10 @@ class CharTokenizer:
         """Text of `ids` (a sequence of int)."""
         return self._points[np.asarray(ids, dtype=np.int64)].tobytes().decode("utf-32-le", errors="surrogatepass")
 
+    def bytes_of(self, id):
+        """The UTF-8 bytes of one id."""
+        return self.itos[id].encode("utf-8", errors="surrogatepass")
+
     def vocabulary(self):
         """{character: id}."""
         return self.stoi
@@ -72,8 +77,9 @@ class GPT2Tokenizer:
     def __init__(self, merges):
         """`merges`: the text of vocab.bpe, one merge a line after a version line."""
         self.merges = merges
-        self._ranks = ranks = ranks_from_merges(merges)
+        ranks = ranks_from_merges(merges)
         self.vocab_size = len(ranks) + 1
+        self.end_of_text = len(ranks)
         self._bpe = tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
                                       special_tokens={END_OF_TEXT: len(ranks)})
         self.token_bytes = np.array([len(token) for token in ranks] + [len(END_OF_TEXT)])
@@ -86,9 +92,13 @@ class GPT2Tokenizer:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
         return self._bpe.decode([int(id) for id in ids])
 
+    def bytes_of(self, id):
+        """The bytes of one id, which may be a part of a character."""
+        return self._bpe.decode_single_token_bytes(id)
+
     def vocabulary(self):
         """{token: id}, the tokens spelled as in vocab.bpe: GPT-2's encoder.json."""
-        return {spell(token): rank for token, rank in self._ranks.items()} | {END_OF_TEXT: self.vocab_size - 1}
+        return {spell(self.bytes_of(id)): id for id in range(self.end_of_text)} | {END_OF_TEXT: self.end_of_text}
 
     def state(self):
         return {"kind": self.kind, "merges": self.merges}

@@ -46,6 +46,7 @@ from config import (
 from dataset import TokenDataset, read_corpus, read_meta, step_loader
 from device import autocast, choose_device, choose_dtype, default_generator, device_name, peak_flops
 from errors import UserError, run_script
+from evaluation import evaluate, perplexity
 from files import lock_folder, make_folder
 from model import GPT, GPTConfig
 from optim import learning_rate_at, make_optimizer, update_unless
@@ -68,45 +69,6 @@ class Interrupted(Exception):
 
     def __init__(self, signum):
         self.signum = signum
-
-
-def perplexity(loss):
-    """exp(loss in nats); inf where that is too large for a float."""
-    return math.exp(loss) if loss < 700 else math.inf
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Figures of one pass over a text: mean nats per token, its exponential, bits per byte of text."""
-
-    loss: float
-    perplexity: float
-    bits_per_byte: float
-
-
-@torch.no_grad()
-def evaluate(model, dataset, batch_size, device, dtype=torch.float32):
-    """Evaluate `model` (a GPT, compiled or not) on a TokenDataset with stride == block_size.
-
-    Every token but the first is predicted exactly once. All batches have the same shape: the last
-    is filled up with windows whose targets are ignored.
-    """
-    was_training = model.training
-    model.eval()
-    losses, counts = [], []
-    for start in range(0, len(dataset), batch_size):
-        x, y = dataset.__getitems__(range(start, min(start + batch_size, len(dataset))))
-        missing = batch_size - len(x) if start else 0
-        x = torch.nn.functional.pad(x, (0, 0, 0, missing))
-        y = torch.nn.functional.pad(y, (0, 0, 0, missing), value=-1)
-        counts.append(int((y >= 0).sum()))
-        with autocast(device, dtype):
-            losses.append(model(x.to(device), y.to(device))[1])
-    model.train(was_training)
-    nats = (torch.stack(losses).cpu().double() * torch.tensor(counts)).sum().item()
-    n_bytes = int(dataset.tokenizer.token_bytes[dataset.tokens].sum())
-    loss = nats / sum(counts)
-    return Evaluation(loss, perplexity(loss), nats / math.log(2) / n_bytes)
 
 
 def set_lengths(cfg, n_windows):

@@ -1,9 +1,26 @@
+import json
+import os
+import pty
+import random
+import re
+import select
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
+import torch
 from conftest import ROOT, assert_refused, run
 
 from checkpoint import load_checkpoint
+from errors import UserError
+from prepare_data import pydoc_text
+from sample import Continuation, main
+from tokenizer import CharTokenizer, GPT2Tokenizer
+
+BYTES = GPT2Tokenizer("#version: 0.2\n")  # GPT-2's tokenizer without merges: a token a byte
+ID_OF_BYTE = {BYTES.bytes_of(id)[0]: id for id in range(256)}
 
 
 @pytest.fixture(scope="module")
@@ -12,7 +29,7 @@ def alone(tmp_path_factory, data_dir):
     folder = tmp_path_factory.mktemp("alone")
     process = run("train_gpt2.py", "--dataset=tiny", f"--data_dir={data_dir}", "--n_layer=1", "--n_embd=32",
                   "--max_iters=60", "--block_size=32", "--learning_rate=1e-2", "--warmup_iters=5", "--run_name=r",
-                  "--sample_tokens=0", "--device=cpu", cwd=folder)
+                  "--sample_tokens=0", "--device=cpu", "--dtype=float32", cwd=folder)
     assert process.returncode == 0, process.stderr
     shutil.move(folder / "checkpoints/r/best.pt", folder / "model.pt")
     shutil.rmtree(folder / "checkpoints")
@@ -34,12 +51,149 @@ def test_a_checkpoint_is_enough_and_greedy_is_deterministic(alone):
     assert "step 60" in first.stderr
 
 
+def objects(process):
+    assert process.returncode == 0, process.stderr
+    return [json.loads(line) for line in process.stdout.splitlines()]
+
+
 def test_seed_and_number_of_samples(alone):
     args = ("--ckpt", "model.pt", "--max_new_tokens", "40", "--seed", "7")
     three = sample(alone, *args, "--num_samples", "3").stdout.split("-" * 40 + "\n")
     one = sample(alone, *args).stdout
     assert len(set(three)) == 3 and three[0] == one
     assert sample(alone, *args[:-1], "8").stdout == three[1] != one
+    many = objects(sample(alone, *args, "--num_samples", "18", "--json"))  # more than are generated at once
+    assert ["\n" + each["text"] + "\n" for each in many[:3]] == three
+    assert objects(sample(alone, *args[:-1], "24", "--json"))[0]["text"] == many[17]["text"]
+
+
+def test_json(alone):
+    args = ("--ckpt", "model.pt", "--json", "--prompt", "The ", "--num_samples", "2", "--max_new_tokens", "50")
+    tokenizer = CharTokenizer(load_checkpoint(alone / "model.pt")["tokenizer"]["itos"])
+    whole = objects(sample(alone, *args))
+    for i, each in enumerate(whole):
+        assert set(each) == {"prompt", "text", "tokens", "seed", "seconds", "stop_reason"}
+        assert each["text"] == tokenizer.decode(each["tokens"]) and len(each["text"]) == 50
+        assert (each["prompt"], each["seed"], each["stop_reason"]) == ("The ", 1337 + i, "length")
+        assert each["seconds"] > 0
+    stop = whole[0]["text"][9:12]  # three characters are three tokens
+    cut = objects(sample(alone, *args, "--stop", stop, "--stop", "xqxqx"))
+    assert cut[0]["stop_reason"] == "stop" and cut[0]["text"] == whole[0]["text"].split(stop)[0]
+    assert cut[1]["text"] == whole[1]["text"].split(stop)[0]
+    assert sample(alone, *args[:2], *args[3:], "--stop", stop).stdout.startswith(f"The {cut[0]['text']}\n----")
+
+
+def pieces(tokenizer, tokens, stops):
+    """What is shown of some tokens, piece by piece, and the finished Continuation."""
+    continuation, shown = Continuation(tokenizer, stops), []
+    for token in tokens:
+        shown.append(continuation.add(token))
+        if continuation.stop_reason:
+            return shown, continuation
+    return [*shown, continuation.end("length")], continuation
+
+
+def test_characters_are_shown_when_they_are_whole():
+    shown, continuation = pieces(BYTES, BYTES.encode("aé☃🙂b"), [])
+    assert shown == ["a", "", "é", "", "", "☃", "", "", "", "🙂", "b", ""]
+    assert continuation.text == "aé☃🙂b" and continuation.stop_reason == "length"
+    shown, continuation = pieces(BYTES, [*BYTES.encode("a🙂")][:-1], [])
+    assert shown[-1] == continuation.text[1:] == "\ufffd"  # never finished: not left out
+    shown, continuation = pieces(BYTES, [*BYTES.encode("ab"), BYTES.end_of_text, *BYTES.encode("c")], [])
+    assert continuation.text == "ab" and continuation.stop_reason == "end_of_text"
+
+
+def test_stop_texts_against_a_search_in_the_whole_text():
+    choose = random.Random(0)
+    seen = set()
+    for _ in range(2000):
+        whole = "".join(choose.choice("ab☃") for _ in range(12)).encode()[: choose.randint(8, 40)]
+        text = whole.decode(errors="replace")
+        stops = ["".join(choose.choices("ab☃", k=choose.randint(1, 4))) for _ in range(choose.randint(0, 3))]
+        ends = [end for end in range(len(text) + 1) if text[:end].endswith(tuple(stops))]
+        first = min((ends[0] - len(stop) for stop in stops if text[: ends[0]].endswith(stop)), default=0) if ends else \
+            len(text)
+        shown, continuation = pieces(BYTES, [ID_OF_BYTE[byte] for byte in whole], stops)
+        assert "".join(shown) == continuation.text == text[:first]
+        assert continuation.stop_reason == ("stop" if ends else "length")
+        seen.add(continuation.stop_reason)
+    assert seen == {"stop", "length"}
+
+
+def test_text_appears_as_it_is_made_and_ctrl_c_ends_it(alone):
+    process = subprocess.Popen([sys.executable, "sample.py", "--ckpt", "model.pt", "--max_new_tokens", "100000000"],
+                               cwd=alone, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert len(process.stdout.read(100)) == 100
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and b"Traceback" not in errors
+
+
+def converse(folder, *turns):
+    """Run --interactive in a terminal: for each (what to wait for, what to type); (exit code, output)."""
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(folder)
+        os.execv(sys.executable, [sys.executable, "sample.py", "--ckpt", "model.pt", "--interactive", "--seed", "7",
+                                  "--max_new_tokens", "60000"])
+    output, last = b"", b""
+    for awaited, typed in (*turns, (None, b"")):
+        since = b""
+        while awaited is None or awaited not in since:
+            if last.endswith(b"\x03") and not select.select([terminal], [], [], 3)[0]:
+                os.write(terminal, b"\x03")  # readline misses a signal that comes just before it waits
+            try:
+                read = os.read(terminal, 1000)
+            except OSError:  # the terminal is closed
+                read = b""
+            if not read:
+                break
+            output, since = output + read, since + read
+        os.write(terminal, typed)
+        last = typed
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), output.decode()
+
+
+def test_interactive_in_a_terminal(alone):
+    code, output = converse(
+        alone, (b"> ", "snow ☃\n".encode()), (b"> ", b"half a li\x03"), (b"> ", b"The \n"),
+        (b"e", b"\x03"), (b"> ", b"\x1b[A\n"), (b"e", b"\x03"), (b"> ", b"\x04"))
+    assert code == 0 and "Traceback" not in output
+    assert "error: character '☃' at position 5" in output
+
+
+def test_interactive_lines_from_a_pipe(alone):
+    args = [sys.executable, "sample.py", "--ckpt", "model.pt", "--max_new_tokens", "9", "--json"]
+    process = subprocess.run([*args, "--interactive"], cwd=alone, input="The \n\nA\n☃\n\udcff\nThe ".encode(
+        errors="surrogateescape"), capture_output=True, timeout=60)
+    first, second, third = map(json.loads, process.stdout.splitlines())
+    assert [first["prompt"], second["prompt"], third["prompt"]] == ["The ", "A", "The "]
+    assert [first["seed"], second["seed"], third["seed"]] == [1337, 1338, 1341]
+    assert process.stderr.count(b"error: ") == 2 and process.returncode == 0
+    assert first["text"] == objects(sample(alone, *args[2:], "--prompt", "The "))[0]["text"]
+
+
+def test_score_is_the_evaluation(alone, tmp_path):
+    text = pydoc_text(None)[:12_000]
+    (tmp_path / "val.txt").write_text(text[int(len(text) * 0.9) :], newline="")
+    args = ("--ckpt", "model.pt", "--score", tmp_path / "val.txt")
+    [result] = objects(sample(alone, *args, "--json"))
+    state = load_checkpoint(alone / "model.pt")
+    assert result["loss"] == pytest.approx(state["val_loss"], rel=1e-6)
+    assert (result["tokens"], result["context"], result["stride"], result["dtype"]) == (1200, 32, 32, "float32")
+    [overlapping] = objects(sample(alone, *args, "--json", "--stride", "4"))
+    assert overlapping["stride"] == 4 and overlapping["loss"] != result["loss"]
+    assert f"loss {state['val_loss']:.4f}" in sample(alone, *args).stdout
+    (tmp_path / "short.txt").write_text("A")
+    assert_refused(sample(alone, *args[:3], tmp_path / "short.txt"), "at least 2")
+    assert_refused(sample(alone, *args, "--stride", "33"), "--stride 33", "32")
+    assert_refused(sample(alone, *args[:3], "nosuch.txt"), "nosuch.txt")
+
+
+def test_a_long_prompt_is_noted(alone):
+    process = sample(alone, "--ckpt", "model.pt", "--prompt", "a" * 50, "--max_new_tokens", "1")
+    assert process.returncode == 0 and "the last 18" in process.stderr
 
 
 def test_prompt_from_a_file(alone, tmp_path):
@@ -58,19 +212,37 @@ def test_bare_ckpt_takes_the_newest(alone, tmp_path):
 
 
 @pytest.mark.parametrize("args, words", [
-    (["--prompt", "snow ☃"], "'☃' at position 5"), (["--prompt", ""], "empty"), (["--prompt", "FILE:nosuch"], "nosuch"),
-    (["--prompt", "FILE:."], "prompt file"), (["--temperature", "-1"], "--temperature"),
-    (["--temperature", "nan"], "--temperature"),
-    (["--top_k", "-1"], "--top_k"), (["--max_new_tokens", "0"], "--max_new_tokens"), (["--device", "tpu"], "tpu"),
-    (["--ckpt", "nosuch.pt"], "nosuch.pt"), (["--ckpt", "model.py"], "model.py"), (["--promt", "x"], "--promt"),
+    (["--temperature", "-1"], ">= 0"), (["--temperature", "nan"], ">= 0"), (["--top_k", "-1"], ">= 0"),
+    (["--top_p", "0"], "> 0 and <= 1"), (["--top_p", "1.5"], "> 0 and <= 1"), (["--min_p", "nan"], ">= 0 and <= 1"),
+    (["--min_p", "2"], ">= 0 and <= 1"), (["--repetition_penalty", "0"], "> 0"), (["--num_samples", "0"], ">= 1"),
+    (["--max_new_tokens", "0"], ">= 1"), (["--seed", "-1"], ">= 0"), (["--dtype", "int8"], "bfloat16"),
+    (["--stride", "3"], "--score"), (["--prompt", "a", "--interactive"], "--interactive"),
+    (["--promt", "x"], "--promt"),
 ])
-def test_bad_input(alone, args, words):
-    assert_refused(sample(alone, *(["--ckpt", "model.pt"] if "--ckpt" not in args else []), *args), words)
+def test_impossible_flags_are_refused_with_their_range(args, words, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(args)
+    assert exit.value.code == 2 and args[0] in (error := capsys.readouterr().err) and words in error
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--prompt", "snow ☃"], "'☃' at position 5"), (["--prompt", ""], "empty"), (["--prompt", "FILE:nosuch"], "nosuch"),
+    (["--prompt", "FILE:."], "folder"), (["--prompt", "\udcff"], "UTF-8"), (["--stop", ""], "--stop"),
+    (["--stop", "☃"], "'☃'"), (["--device", "tpu"], "tpu"), (["--dtype", "float16", "--device", "cpu"], "float16"),
+    (["--ckpt", "nosuch.pt"], "nosuch.pt"), (["--ckpt", "model.py"], "model.py"),
+])
+def test_bad_input(alone, args, words, monkeypatch):
+    monkeypatch.chdir(alone)
+    with pytest.raises(UserError, match=re.escape(words)):
+        main([*(["--ckpt", "model.pt"] if "--ckpt" not in args else []), *args])
+
+
+def test_bad_input_to_the_process(alone):
+    assert_refused(sample(alone, "--ckpt", "model.pt", "--prompt", "\udcff"), "UTF-8")
+    assert_refused(sample(alone, "--ckpt", "model.pt", "--top_p", "2"), "--top_p", "<= 1")
 
 
 def test_weights_that_do_not_fit_are_refused(alone, tmp_path):
-    import torch
-
     content = load_checkpoint(alone / "model.pt")
     content["config"]["n_embd"] = 64
     torch.save(content, tmp_path / "bad.pt")

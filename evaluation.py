@@ -1,0 +1,50 @@
+"""How well a model predicts a text: every token but the first, each exactly once."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from device import autocast
+
+
+def perplexity(loss):
+    """exp(loss in nats); inf where that is too large for a float."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of one pass over a text: mean nats per token, its exponential, bits per byte of text."""
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+
+
+@torch.no_grad()
+def evaluate(model, dataset, batch_size, device, dtype=torch.float32):
+    """Evaluate `model` (a GPT, compiled or not) on a TokenDataset.
+
+    Every token but the first is predicted exactly once: where windows overlap, only the tokens that
+    the one before did not reach count. All batches have the same shape: the last is filled up with
+    windows whose targets are ignored.
+    """
+    was_training = model.training
+    model.eval()
+    losses, counts = [], []
+    for start in range(0, len(dataset), batch_size):
+        x, y = dataset.__getitems__(range(start, min(start + batch_size, len(dataset))))
+        y[0 if start else 1 :, : dataset.block_size - dataset.stride] = -1
+        missing = batch_size - len(x) if start else 0
+        x = F.pad(x, (0, 0, 0, missing))
+        y = F.pad(y, (0, 0, 0, missing), value=-1)
+        counts.append(int((y >= 0).sum()))
+        with autocast(device, dtype):
+            losses.append(model(x.to(device), y.to(device))[1])
+    model.train(was_training)
+    nats = (torch.stack(losses).cpu().double() * torch.tensor(counts)).sum().item()
+    n_bytes = int(dataset.tokenizer.token_bytes[dataset.tokens].sum())
+    loss = nats / sum(counts)
+    return Evaluation(loss, perplexity(loss), nats / math.log(2) / n_bytes)
