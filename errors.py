@@ -1,6 +1,7 @@
 """The one kind of error that scripts report without a traceback."""
 
 import os
+import re
 import sys
 
 
@@ -26,6 +27,8 @@ def run_script(main):
     for stream in filter(None, (sys.stdin, sys.stdout)):
         stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     try:
+        if lost := [word for word in sys.argv[1:] if re.fullmatch(r"--\w+=--", word)]:
+            raise UserError(f"{lost[0]}: a value cannot be '--'")  # argparse before Python 3.13 loses it
         code = main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

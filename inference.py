@@ -117,14 +117,19 @@ class PackedLinear(nn.Module):
         self.bias = linear.bias
         # The layout for 16 rows serves 1 and 1,000 as well.
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 16)
+        # The kernel for one row may sum in another order than the one for more.
+        rows = torch.arange(2.0 * linear.in_features).sin().view(2, -1).to(linear.weight.dtype)
+        self.fewest_rows = 1 if torch.equal(self.product(rows[:1]), self.product(rows)[:1]) else 2
+
+    def product(self, rows):
+        return torch.ops.mkldnn._linear_pointwise.default(rows, self.weight, self.bias, "none", [], "")
 
     def forward(self, x):
         """x (..., in_features) -> (..., out_features)."""
         rows = x.flatten(0, -2)
-        if len(rows) == 1:
-            rows = rows.expand(2, -1).contiguous()  # one row alone is summed in another order
-        y = torch.ops.mkldnn._linear_pointwise.default(rows, self.weight, self.bias, "none", [], "")
-        return y[: x[..., 0].numel()].view(*x.shape[:-1], self.out_features)
+        if len(rows) < self.fewest_rows:
+            return self.product(rows.expand(2, -1).contiguous())[:1].view(*x.shape[:-1], self.out_features)
+        return self.product(rows).view(*x.shape[:-1], self.out_features)
 
 
 def prepare_for_inference(model, device, dtype):

@@ -220,7 +220,7 @@ def parse_args(argv):
                         help="keep the fewest likeliest with this probability together; 1: off (default 1)")
     parser.add_argument("--min_p", type=number(float, low=0, high=1), default=0.0,
                         help="keep tokens this many times as likely as the likeliest; 0: off (default 0)")
-    parser.add_argument("--repetition_penalty", type=number(float, above=0), default=1.0,
+    parser.add_argument("--repetition_penalty", type=number(float, low=0.01, high=100), default=1.0,
                         help="over 1: what was there becomes less likely (default 1)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT",
                         help="end before this text; may be given several times (bash: $'\\n' is a line break)")

@@ -15,22 +15,32 @@ import torch
 import torch._dynamo  # which the first optimizer of a process imports, for a second
 
 import checkpoint
+import sample
 import train_gpt2
 from errors import run_script
 
 
 def run_training(argv, folder, log, fault):
     """Train as `train_gpt2.py argv` in `folder`, stdout and stderr in the file `log`; `fault`: (name, *arguments)."""
+    name, *arguments = fault
+    FAULTS[name](*arguments)
+    run(train_gpt2.main, argv, folder, log)
+
+
+def run_sampling(argv, folder, log):
+    """Run `sample.py argv` in `folder`, stdout and stderr in the file `log`."""
+    run(sample.main, argv, folder, log)
+
+
+def run(main, argv, folder, log):
     os.chdir(folder)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-    sys.argv = ["train_gpt2.py", *argv]
+    sys.argv = ["script", *argv]
     torch.set_num_threads(1)
-    name, *arguments = fault
-    FAULTS[name](*arguments)
-    run_script(train_gpt2.main)
+    run_script(main)
 
 
 def on_save_of(step, before, after=lambda: None):

@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from chaos_child import run_training
+from chaos_child import run_sampling, run_training
 from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -31,7 +31,9 @@ from checkpoint import load_checkpoint, load_newest, save_checkpoint, step_check
 from config import FIELDS, config_from_argv, load_config
 from dataset import read_corpus
 from errors import UserError
+from model import GPT, GPTConfig
 from sample import load_model
+from tokenizer import GPT2Tokenizer
 
 pytestmark = pytest.mark.chaos
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -474,7 +476,7 @@ def fuzz_checkpoints(rng, tmp_path, n, saved):
             target[rng.choice(list(target))] = rng.choice([*JUNK, torch.zeros(2)])
             save_checkpoint(path, changed)
         with contextlib.redirect_stderr(io.StringIO()):
-            result = outcome(lambda: load_model(path, torch.device("cpu")), "fuzzed.pt")
+            result = outcome(lambda: load_model(path), "fuzzed.pt")
         yield result
 
 
@@ -508,3 +510,47 @@ def test_fuzzed_command_lines_as_processes(tmp_path, data_dir):
 
     codes = in_parallel(run_one, range(200))
     assert set(codes) == {0, 2}
+
+
+NUMBERS = ["0", "1", "-1", "0.5", "2", "3", "1e-9", "1e-300", "1e30", "1e999", "nan", "-0.0", "9" * 30, "", "x", "1_0",
+           "٣"]
+TEXTS = ["", " ", "To be", "\n", "ä☃\U0001f600", "\u202e\u200d\ufeff", "\udcff", "e\u0301" * 3, "\x1b[2J", "\x7f\x01",
+         "a" * 500, "FILE:", "FILE:nosuch", "FILE:/", "FILE:text", "FILE:bytes", "FILE:\udcff", "<|endoftext|>", "--",
+         "-1", "--prompt"]
+SAMPLE_FLAGS = {
+    "--prompt": TEXTS, "--stop": TEXTS, "--score": ["text", "bytes", "nosuch", "", "/"], "--interactive": None,
+    "--json": None, "--ckpt": ["char.pt", "bytes.pt", "nosuch", "text", ".", ""], "--device": ["cpu", "cuda:7", ""],
+    "--dtype": ["float32", "bfloat16", "x"], **dict.fromkeys(
+        ("--num_samples", "--temperature", "--top_k", "--top_p", "--min_p", "--repetition_penalty", "--seed",
+         "--stride"), NUMBERS)}
+
+
+def test_fuzzed_sampling_as_processes(tmp_path, saved):
+    """By characters and by bytes; prompts of any Unicode, of none, longer than the context."""
+    content = load_checkpoint(saved)
+    shutil.copy(saved, tmp_path / "char.pt")
+    tokenizer = GPT2Tokenizer("#version: 0.2\n")
+    model = GPT(GPTConfig.of(content["config"], tokenizer.vocab_size))
+    save_checkpoint(tmp_path / "bytes.pt", content | {
+        "tokenizer": tokenizer.state(), "vocab_size": tokenizer.vocab_size, "model_state_dict": model.state_dict()})
+    (tmp_path / "text").write_text("To be, or not to be: that is the question. " * 9)
+    (tmp_path / "bytes").write_bytes(bytes(range(256)))
+
+    def run_one(number):
+        rng = random.Random(number)
+        argv = ["--ckpt", rng.choice(("char.pt", "bytes.pt")), "--max_new_tokens", "20"]
+        for flag in rng.sample(list(SAMPLE_FLAGS), k=rng.randint(0, 3)):
+            argv += [flag] if SAMPLE_FLAGS[flag] is None else [f"{flag}={rng.choice(SAMPLE_FLAGS[flag])}"]
+        log = tmp_path / f"log{number}.txt"
+        process = PROCESSES.Process(target=run_sampling, args=(argv, tmp_path, log))
+        with LOCK:
+            process.start()
+        code = wait(process)
+        output = log.read_text(encoding="utf-8", errors="replace")
+        assert code in (0, 2) and not BAD_END.search(output), (argv, output)
+        assert code == 0 or "error: " in output, (argv, output)
+        return code
+
+    codes = in_parallel(run_one, range(200))
+    assert min(codes.count(0), codes.count(2)) > 20
+    print(f"\nfuzzed sampling: {codes.count(0)} answered and {codes.count(2)} refused of {len(codes)}, no traceback")

@@ -214,9 +214,10 @@ def test_bare_ckpt_takes_the_newest(alone, tmp_path):
 @pytest.mark.parametrize("args, words", [
     (["--temperature", "-1"], ">= 0"), (["--temperature", "nan"], ">= 0"), (["--top_k", "-1"], ">= 0"),
     (["--top_p", "0"], "> 0 and <= 1"), (["--top_p", "1.5"], "> 0 and <= 1"), (["--min_p", "nan"], ">= 0 and <= 1"),
-    (["--min_p", "2"], ">= 0 and <= 1"), (["--repetition_penalty", "0"], "> 0"), (["--num_samples", "0"], ">= 1"),
-    (["--max_new_tokens", "0"], ">= 1"), (["--seed", "-1"], ">= 0"), (["--dtype", "int8"], "bfloat16"),
-    (["--stride", "3"], "--score"), (["--prompt", "a", "--interactive"], "--interactive"),
+    (["--min_p", "2"], ">= 0 and <= 1"), (["--repetition_penalty", "0"], ">= 0.01"),
+    (["--num_samples", "0"], ">= 1"), (["--max_new_tokens", "0"], ">= 1"), (["--seed", "-1"], ">= 0"),
+    (["--dtype", "int8"], "bfloat16"), (["--stride", "3"], "--score"),
+    (["--prompt", "a", "--interactive"], "--interactive"),
     (["--promt", "x"], "--promt"),
 ])
 def test_impossible_flags_are_refused_with_their_range(args, words, capsys):
