@@ -28,7 +28,16 @@ from device import autocast, device_name, peak_flops
 from errors import UserError, run_script
 from model import GPT2_SIZES
 from tokenizer import CharTokenizer
-from train_gpt2 import Diverged, Trainer, check, is_out_of_memory, mark, out_of_memory_message, seconds_between
+from train_gpt2 import (
+    Diverged,
+    Trainer,
+    check,
+    is_out_of_memory,
+    mark,
+    out_of_memory_message,
+    seconds_between,
+    weights_shape,
+)
 
 PHASES = ("data", "forward", "backward", "optimizer")
 GPT2_VOCABULARY = 50257
@@ -398,7 +407,7 @@ def read_config(argv):
         if name and not Path(name).exists() and not name.endswith(".py"):
             raise UserError(f"{name} is neither a config file nor one of {', '.join(GPT2_SIZES)}"
                             f"{nearest(name, GPT2_SIZES)}")
-        cfg, more = load_config(name, values)
+        cfg, more = load_config(name, values, weights_shape)
         return cfg, problems + more, False
     cfg, more = build_config(GPT2_SIZES[name] | {"block_size": 1024, "run_name": name} | values)
     return cfg, problems + more, "dataset" not in values

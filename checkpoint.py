@@ -113,6 +113,16 @@ def load_newest(run_dir):
     return None, None
 
 
+def newest_config(run_dir):
+    """The config in the run's newest checkpoint that can be opened, or None; no weight is read, nothing verified."""
+    for path in [*step_checkpoints(run_dir)[::-1], Path(run_dir) / "best.pt"]:
+        try:
+            return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["config"])
+        except Exception:  # missing or damaged, in a dozen ways: load_newest tells of it
+            continue
+    return None
+
+
 def find_checkpoint(path):
     """The file that `path` means: itself, or in a run directory or a folder of them the most recently written."""
     path = Path(path)

@@ -30,6 +30,8 @@ class TrainConfig:
     data_dir: str = knob("data", "where data sets lie")
     stride: int | None = knob(None, "tokens from one training window's start to the next; none: block_size", low=1)
     # model
+    init_from: str | None = knob(None, "start from these weights, whose shape is taken: gpt2, gpt2-medium, gpt2-large, "
+                                       "gpt2-xl or a folder in Hugging Face's layout; none: random ones")
     n_layer: int = knob(4, "transformer blocks", low=1, below=10_000)
     n_head: int = knob(4, "attention heads", low=1, below=2**16)
     n_embd: int = knob(128, "width of the residual stream", low=1, below=2**17)
@@ -83,6 +85,8 @@ class TrainConfig:
 
 FIELDS = {f.name: f for f in fields(TrainConfig)}
 TYPES = typing.get_type_hints(TrainConfig)
+# What the weights of init_from decide.
+SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "norm", "mlp", "pos", "tie_weights")
 # Conditions on several fields: the fields, the test, what is wrong when it fails.
 CROSS_CHECKS = [
     (("n_embd", "n_head"), lambda c: c.n_embd % c.n_head == 0,
@@ -100,6 +104,8 @@ CROSS_CHECKS = [
     (("dataset",), lambda c: is_plain_name(c.dataset), "dataset={dataset!r} must be a plain directory name"),
     (("data_dir", "out_dir", "log_dir"), lambda c: (c.data_dir + c.out_dir + c.log_dir).isprintable(),
      "data_dir={data_dir!r}, out_dir={out_dir!r} and log_dir={log_dir!r} must be printable paths"),
+    (("init_from",), lambda c: c.init_from is None or (c.init_from.isprintable() and c.init_from),
+     "init_from={init_from!r} must be a name or a printable path"),
 ]
 
 
@@ -241,15 +247,18 @@ def read_command_line(argv):
     return path, values, problems
 
 
-def build_config(values):
-    """Return (TrainConfig, problems) from {field: value}; a field with a problem keeps its default."""
+def build_config(values, unsure=()):
+    """Return (TrainConfig, problems) from {field: value}; a field with a problem keeps its default.
+
+    Conditions on fields that are `unsure` are not looked at.
+    """
     good, problems = {}, []
     for name, value in values.items():
         good[name], problem = check_value(name, value)
         if problem:
             del good[name]
             problems.append(problem)
-    bad = set(values) - set(good)
+    bad = set(values) - set(good) | set(unsure)
     cfg = TrainConfig(**good)
     for names, holds, message in CROSS_CHECKS:
         if not bad & set(names) and not holds(cfg):
@@ -257,20 +266,39 @@ def build_config(values):
     return cfg, problems
 
 
-def load_config(path=None, overrides=None):
-    """Return (TrainConfig, problems) from a config file (or None) and {field: value} on top of it."""
+def conflicts(values, shape, init_from):
+    """Problems of the given {field: value} with the shape of the weights, {field: value}: a shorter context fits."""
+    problems = []
+    for name, of_weights in shape.items():
+        value, wrong_type = check_value(name, values.get(name, of_weights))
+        if not wrong_type and (value > of_weights if name == "block_size" else value != of_weights):
+            problems.append(f"{name}={value} does not fit the weights of init_from={init_from}, which have "
+                            f"{name}={of_weights}: leave {name} out")
+    return problems
+
+
+def load_config(path=None, overrides=None, shape_of=None):
+    """Return (TrainConfig, problems) from a config file (or None) and {field: value} on top of it.
+
+    `shape_of(cfg) -> ({field of SHAPE: value}, problems)` finds the shape of the weights that a cfg with
+    init_from starts from; it fills the fields that are not given.
+    """
     values, problems = read_config_file(path) if path else ({}, [])
     values |= overrides or {}
     if values.get("run_name") is None:
         values["run_name"] = Path(path).stem if path else values.get("dataset", TrainConfig.dataset)
-    cfg, more = build_config(values)
+    cfg, more = build_config(values, unsure=SHAPE if values.get("init_from") else ())
+    if cfg.init_from and shape_of:
+        shape, unfit = shape_of(cfg)
+        cfg, more = build_config(shape | values, unsure=() if shape else SHAPE)
+        more += conflicts(values, shape, cfg.init_from) + unfit
     return cfg, problems + more
 
 
-def config_from_argv(argv):
-    """Return (TrainConfig, problems) from a command line."""
+def config_from_argv(argv, shape_of=None):
+    """Return (TrainConfig, problems) from a command line; `shape_of` as in load_config."""
     path, values, problems = read_command_line(argv)
-    cfg, more = load_config(path, values)
+    cfg, more = load_config(path, values, shape_of)
     return cfg, problems + more
 
 

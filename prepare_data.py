@@ -9,23 +9,14 @@ from pathlib import Path
 
 from config import is_plain_name, nearest, number
 from dataset import SPLITS, write_corpus
-from download import download
+from download import BPE_MERGES, fetch_source
 from errors import UserError, run_script
 from files import read_text
 from tokenizer import CharTokenizer, GPT2Tokenizer
 
 SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
                "tinyshakespeare.txt", "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
-# vocab.bpe alone defines GPT-2's ids (encoder.json follows from it); the hash is the one tiktoken pins.
-BPE_MERGES = ("https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe", "gpt2/vocab.bpe",
-              "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5")
 UINT16_IDS = 1 << 16
-
-
-def fetch_source(source, data_dir):
-    """Path of a (url, file, sha256) source under `data_dir`/downloads, downloaded if it is not there."""
-    url, name, sha256 = source
-    return download(url, Path(data_dir) / "downloads" / name, sha256)
 
 
 def shakespeare_text(data_dir):

@@ -60,6 +60,10 @@ class CharTokenizer:
         """The UTF-8 bytes of one id."""
         return self.itos[id].encode("utf-8", errors="surrogatepass")
 
+    def vocabulary(self):
+        """{character: id}."""
+        return self.stoi
+
     def state(self):
         return {"kind": self.kind, "itos": self.itos, "stoi": self.stoi}
 
@@ -92,22 +96,39 @@ class GPT2Tokenizer:
         """The bytes of one id, which may be a part of a character."""
         return self._bpe.decode_single_token_bytes(id)
 
+    def vocabulary(self):
+        """{token: id}, the tokens spelled as in vocab.bpe: GPT-2's encoder.json."""
+        return {spell(self.bytes_of(id)): id for id in range(self.end_of_text)} | {END_OF_TEXT: self.end_of_text}
+
     def state(self):
         return {"kind": self.kind, "merges": self.merges}
 
 
-def ranks_from_merges(merges):
-    """{token bytes: id} of GPT-2's `vocab.bpe`: the 256 bytes in GPT-2's order, then one token a merge.
+def spellings():
+    """{byte: the character that spells it in vocab.bpe}, in the order of GPT-2's ids.
 
-    vocab.bpe spells bytes as printable characters: a printable Latin-1 byte stands for itself, the
-    others for U+0100 onwards in order (`bytes_to_unicode` in OpenAI's encoder.py).
+    A printable Latin-1 byte stands for itself, the others for U+0100 onwards (`bytes_to_unicode` in
+    OpenAI's encoder.py).
     """
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     others = [byte for byte in range(256) if byte not in printable]
-    spelled = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-    ranks = {bytes([byte]): rank for rank, byte in enumerate(printable + others)}
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+SPELLED = spellings()
+
+
+def spell(token):
+    """Bytes in vocab.bpe's spelling."""
+    return "".join(SPELLED[byte] for byte in token)
+
+
+def ranks_from_merges(merges):
+    """{token bytes: id} of GPT-2's `vocab.bpe`: the 256 bytes in GPT-2's order, then one token a merge."""
+    byte_of = {char: byte for byte, char in SPELLED.items()}
+    ranks = {bytes([byte]): rank for rank, byte in enumerate(SPELLED)}
     for line in merges.splitlines()[1:]:
-        ranks[bytes(spelled[char] for char in line.replace(" ", ""))] = len(ranks)
+        ranks[bytes(byte_of[char] for char in line.replace(" ", ""))] = len(ranks)
     return ranks
 
 

@@ -22,8 +22,27 @@ import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from checkpoint import load_newest, prune_checkpoints, remove_leftovers, save_checkpoint, step_checkpoints, step_path
-from config import MOST_STEPS, TrainConfig, config_from_argv, help_text, load_config, nearest
+import huggingface
+from checkpoint import (
+    load_newest,
+    newest_config,
+    prune_checkpoints,
+    remove_leftovers,
+    save_checkpoint,
+    step_checkpoints,
+    step_path,
+)
+from config import (
+    MOST_STEPS,
+    SHAPE,
+    TrainConfig,
+    check_value,
+    config_from_argv,
+    conflicts,
+    help_text,
+    load_config,
+    nearest,
+)
 from dataset import TokenDataset, read_corpus, read_meta, step_loader
 from device import autocast, choose_device, choose_dtype, default_generator, device_name, peak_flops
 from errors import UserError, run_script
@@ -34,7 +53,7 @@ from optim import learning_rate_at, make_optimizer, update_unless
 from prepare_data import CORPORA, prepare, read_texts, split_and_write
 
 # What makes weights and moments fit or not fit: the same in a run and in its resumption.
-STATE_FIELDS = [*GPTConfig.shape_fields(), "optimizer"]
+STATE_FIELDS = [*GPTConfig.shape_fields(), "optimizer", "init_from"]
 # What may differ between a run and its resumption without a word.
 PLACE_FIELDS = {"resume", "data_dir", "out_dir", "log_dir", "run_name"}
 
@@ -65,6 +84,41 @@ def set_lengths(cfg, n_windows):
         lr_decay_iters=cfg.lr_decay_iters or max_iters,
         min_lr=cfg.learning_rate / 10 if cfg.min_lr is None else cfg.min_lr,
     )
+
+
+def weights_shape(cfg):
+    """({field of SHAPE: value}, problems) of the weights that cfg starts from: its checkpoint's, or init_from's.
+
+    A run that is resumed does not need init_from any more.
+    """
+    try:
+        if cfg.resume and cfg.run_name and (then := newest_config(Path(cfg.out_dir) / cfg.run_name)):
+            return {name: then[name] for name in SHAPE if not check_value(name, then.get(name))[1]}, []
+        weights = huggingface.find(cfg.init_from, cfg.data_dir)
+    except UserError as error:
+        return {}, list(error.problems)
+    except (OSError, ValueError) as error:  # a path that cannot be
+        return {}, [f"init_from={cfg.init_from}: {error}"]
+    shape = {name: getattr(weights.config, name) for name in SHAPE}
+    of_data = vocabulary_of(cfg)
+    fits = of_data in (None, (weights.tokenizer.kind, None), (weights.tokenizer.kind, weights.tokenizer.vocab_size))
+    return shape, [] if fits else [vocabulary_message(cfg, weights.tokenizer)]
+
+
+def vocabulary_of(cfg):
+    """(kind of tokenizer, its size or None) of cfg.dataset, without opening it; None where that is not known."""
+    try:
+        meta = read_meta(Path(cfg.data_dir) / cfg.dataset)
+    except UserError:
+        return (CORPORA[cfg.dataset][1], None) if cfg.dataset in CORPORA else None
+    return meta["tokenizer"].get("kind"), meta["vocab_size"]
+
+
+def vocabulary_message(cfg, tokenizer):
+    """That cfg.dataset is by another tokenizer than the weights, whose is given."""
+    return (f"dataset={cfg.dataset} does not have the vocabulary of init_from={cfg.init_from} ({tokenizer.kind}, "
+            f"{tokenizer.vocab_size:,} symbols): choose another data set; shakespeare and what prepare_data.py "
+            f"--tokenizer gpt2 makes have GPT-2's")
 
 
 def check_corpus(cfg):
@@ -161,11 +215,12 @@ class Trainer:
         self.progress = Progress()
         self.first_bad_step = torch.tensor(-1, device=self.device)  # the first with a non-finite loss or gradient
         self.grad_norm = torch.zeros((), device=self.device)
-        if cfg.resume:
-            self.restore()
-        elif step_checkpoints(self.run_dir):
+        if not cfg.resume and step_checkpoints(self.run_dir):
             raise UserError(f"{self.run_dir} already holds checkpoints: --resume goes on from the newest "
                             f"({step_checkpoints(self.run_dir)[-1].name}), --run_name=NAME starts another run")
+        restored = cfg.resume and self.restore()
+        if cfg.init_from and not restored:
+            self.take_pretrained()
         self.forward = self.compiled_model()
         # TensorBoard drops what a killed process logged after the checkpoint: those steps come again.
         self.writer = SummaryWriter(self.log_dir, purge_step=self.progress.step + 1)
@@ -173,11 +228,11 @@ class Trainer:
         self.timer = StepTimer()
 
     def restore(self):
-        """Take weights, moments and progress from the run's newest whole checkpoint, if there is one."""
+        """Take weights, moments and progress from the run's newest whole checkpoint; whether there is one."""
         path, content = load_newest(self.run_dir)
         if path is None:
             print(f"no checkpoint in {self.run_dir}: starting at step 0")
-            return
+            return False
         self.compare_with(path, content)
         self.model.load_state_dict(content["model_state_dict"])
         self.optimizer.load_state_dict(content["optimizer_state_dict"])
@@ -186,6 +241,20 @@ class Trainer:
         state["pending_losses"] = [torch.tensor(loss, device=self.device) for loss in state["pending_losses"]]
         self.progress = Progress(**state)
         print(f"resumed from {path} at step {self.progress.step}")
+        return True
+
+    def take_pretrained(self):
+        """Take the weights of init_from. UserError where their shape or vocabulary is another."""
+        cfg, tokenizer = self.cfg, self.corpus.tokenizer
+        weights = huggingface.find(cfg.init_from, cfg.data_dir)
+        if problems := conflicts(vars(cfg), {name: getattr(weights.config, name) for name in SHAPE}, cfg.init_from):
+            raise UserError(*problems)
+        if tokenizer.vocabulary() != weights.tokenizer.vocabulary():
+            raise UserError(vocabulary_message(cfg, weights.tokenizer))
+        state = weights.state()
+        state["transformer.wpe.weight"] = state["transformer.wpe.weight"][: cfg.block_size]
+        self.model.load_state_dict(state)
+        print(f"weights from {cfg.init_from}: {weights.folder}")
 
     def compare_with(self, path, content):
         """UserError where the checkpoint's data, architecture or optimizer is another; a line for other changes."""
@@ -558,7 +627,7 @@ def train_model(config_path=None, data_path=None, epochs=None, save_path=None, *
     checkpoint is written too. UserError for what is wrong with any of them.
     """
     values = fields | ({} if epochs is None else {"epochs": epochs})
-    cfg, problems = load_config(config_path, values)
+    cfg, problems = load_config(config_path, values, weights_shape)
     if problems:
         raise UserError(*problems)
     if data_path:
@@ -577,7 +646,7 @@ def main(argv):
     if {"--help", "-h"} & set(argv):
         print(help_text())
         return 0
-    cfg, problems = config_from_argv(argv)
+    cfg, problems = config_from_argv(argv, weights_shape)
     check(cfg, problems)
     try:
         run = train(cfg)

@@ -93,6 +93,21 @@ def test_impossible_combinations(flags, words):
     assert any(words in problem for problem in problems), problems
 
 
+def test_weights_decide_their_shape():
+    def shape_of(cfg):
+        assert cfg.init_from == "x"
+        return dict(n_layer=5, n_head=3, n_embd=48, block_size=64), ["the data do not fit"]
+
+    cfg, problems = load_config(None, dict(init_from="x", stride=40, block_size=40), shape_of)
+    assert problems == ["the data do not fit"]
+    assert (cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.block_size, cfg.stride) == (5, 3, 48, 40, 40)
+    cfg, problems = load_config(None, dict(init_from="x", n_layer=5, n_head="a", n_embd=50, block_size=65), shape_of)
+    assert [problem.split()[0] for problem in problems] == ["n_head", "n_embd=50", "block_size=65", "the"]
+    cfg, problems = load_config(None, dict(init_from="x", n_head=5, beta1=2), lambda cfg: ({}, ["no such weights"]))
+    assert len(problems) == 2 and problems[1] == "no such weights"  # nothing is said of 5 heads in the default width
+    assert load_config(None, dict(n_layer=7), shape_of)[0].n_layer == 7
+
+
 def test_missing_config_file(tmp_path):
     assert_refused(run("train_gpt2.py", "configs/nosuch.py", cwd=tmp_path), "configs/nosuch.py", "No such file")
 

@@ -67,7 +67,7 @@ def test_a_transient_failure_is_tried_again(server, tmp_path):
 
 
 @pytest.mark.parametrize("name, tries, words", [
-    ("missing", 1, "404"), ("loop", 31, "redirect"), ("html", 1, "HTML page"), ("wrong", 1, "wrong sha256"),
+    ("missing", 1, "404"), ("loop", 31, "redirect"), ("html", 1, "HTML page"), ("wrong", 1, "wrong hash"),
     ("cut", 3, ""),
 ])
 def test_nothing_wrong_gets_the_name(server, tmp_path, name, tries, words):

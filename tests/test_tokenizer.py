@@ -74,5 +74,6 @@ def test_gpt2_ids_equal_hugging_faces(downloads):
     tokenizer = GPT2Tokenizer((downloads / "gpt2/vocab.bpe").read_text(encoding="utf-8"))
     text = TEXT + (downloads / "tinyshakespeare.txt").read_text(encoding="utf-8")[:50_000] + "we'll they'RE   x"
     assert tokenizer.vocab_size == 50257
+    assert tokenizer.vocabulary() == vocab
     assert tokenizer.encode(text).tolist() == oracle.encode(text)
     assert tokenizer.decode(tokenizer.encode(text)) == text
