@@ -12,34 +12,23 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from checkpoint import find_checkpoint, load_checkpoint
-from config import check_value
+from checkpoint import find_checkpoint
 from errors import UserError, run_script
 from files import make_folder
-from huggingface import TRANSPOSED, VOCABULARY_ROWS, WEIGHTS, build
-from model import GPTConfig
-from tokenizer import END_OF_TEXT, tokenizer_from_state
+from huggingface import TRANSPOSED, VOCABULARY_ROWS, WEIGHTS
+from sample import load_model
+from tokenizer import END_OF_TEXT
 
 EXPORTED = {"norm": "layernorm", "mlp": "gelu", "pos": "learned"}  # Hugging Face's GPT-2 has nothing else
 
 
-def read_model(path):
-    """(GPT, tokenizer) of the checkpoint file at `path`. UserError if it is damaged, or cannot be exported."""
-    content = load_checkpoint(path)
-    tokenizer = tokenizer_from_state(content["tokenizer"], path)
-    checks = [check_value(name, content["config"].get(name)) for name in GPTConfig.shape_fields()]
-    if problems := [f"{path}: {problem}" for _, problem in checks if problem]:
-        raise UserError(*problems)
-    config = GPTConfig.of(content["config"], tokenizer.vocab_size)
+def check_family(config, path):
+    """UserError if a GPTConfig has parts that Hugging Face's GPT-2 does not have."""
     others = [f"{name}={getattr(config, name)}" for name, only in EXPORTED.items() if getattr(config, name) != only]
     if others:
         possible = ", ".join(f"{name}={only}" for name, only in EXPORTED.items())
         raise UserError(f"{path}: {', '.join(others)} {'has' if len(others) == 1 else 'have'} no counterpart in "
                         f"Hugging Face's GPT-2; only {possible} can be exported")
-    try:
-        return build(config, content["model_state_dict"]), tokenizer
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise UserError(f"the weights in {path} do not fit its config: {str(error).splitlines()[0]}") from None
 
 
 def tensors_of(model):
@@ -128,7 +117,8 @@ def main(argv):
     if taken:
         raise UserError(f"{args.out} is there already and not an empty folder: choose another --out")
     path = find_checkpoint(args.ckpt)
-    model, tokenizer = read_model(path)
+    model, tokenizer = load_model(path)
+    check_family(model.config, path)
     write_folder(out, model, tokenizer)
     print(f"{path} -> {args.out}: {model.n_params():,} parameters, {tokenizer.kind} tokenizer with "
           f"{tokenizer.vocab_size:,} symbols; open it with transformers' AutoModelForCausalLM and "

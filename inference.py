@@ -114,7 +114,8 @@ class PackedLinear(nn.Module):
     def __init__(self, linear):
         super().__init__()
         self.out_features = linear.out_features
-        self.bias = linear.bias
+        # Where a gradient is wanted, oneDNN takes other kernels.
+        self.bias = None if linear.bias is None else linear.bias.detach()
         # The layout for 16 rows serves 1 and 1,000 as well.
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 16)
         # The kernel for one row may sum in another order than the one for more.

@@ -1,8 +1,8 @@
-"""Generate text from a checkpoint, which holds all that is needed: weights, shape and tokenizer.
+"""Generate text from a checkpoint, which holds all that is needed, or from published weights.
 
     python sample.py --ckpt
     python sample.py --ckpt checkpoints/quickstart/best.pt --prompt "def " --temperature 0
-    python sample.py --ckpt --interactive
+    python sample.py --ckpt gpt2 --interactive
     python sample.py --ckpt --score book.txt
 """
 
@@ -15,6 +15,7 @@ import time
 
 import torch
 
+import huggingface
 from checkpoint import find_checkpoint, load_checkpoint
 from config import check_value, number
 from dataset import TokenDataset
@@ -184,7 +185,8 @@ def score(model, tokenizer, args, device):
 
 
 def load_model(path):
-    """(GPT on the CPU, tokenizer) from the checkpoint file at `path`. UserError if it is not whole."""
+    """(GPT on the CPU, tokenizer) from the checkpoint that `path` means. UserError if it is not whole."""
+    path = find_checkpoint(path)
     content = load_checkpoint(path)
     tokenizer = tokenizer_from_state(content["tokenizer"], path)
     checks = [check_value(name, content["config"].get(name)) for name in GPTConfig.shape_fields()]
@@ -204,7 +206,8 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(prog="sample.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", nargs="?", const="checkpoints", default="checkpoints", metavar="PATH",
-                        help="a checkpoint or a run directory (default: the most recently written under checkpoints/)")
+                        help=f"a checkpoint, a run directory, {', '.join(huggingface.PUBLISHED)}, or a folder in Hugging "
+                             "Face's layout (default: the most recently written checkpoint under checkpoints/)")
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--prompt", metavar="TEXT", help="text to continue, or FILE:path (default: a line break)")
     task.add_argument("--interactive", action="store_true", help="continue the lines you type")
@@ -226,6 +229,7 @@ def parse_args(argv):
                         help="end before this text; may be given several times (bash: $'\\n' is a line break)")
     parser.add_argument("--seed", type=number(int, low=0, below=2**32), default=1337,
                         help="sample i is what --seed SEED+i gives alone (default 1337)")
+    parser.add_argument("--data_dir", default="data", help="where published weights are kept (default: data)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
                         help="number format of the weights; auto: bfloat16 where the device is good at it, but float32 "
@@ -240,7 +244,10 @@ def parse_args(argv):
 def main(argv):
     args = parse_args(argv)
     device = choose_device(args.device)
-    model, tokenizer = load_model(find_checkpoint(args.ckpt))
+    if huggingface.is_model(args.ckpt):
+        model, tokenizer = huggingface.load(args.ckpt, args.data_dir)
+    else:
+        model, tokenizer = load_model(args.ckpt)
     if args.score:
         return score(model, tokenizer, args, device)
     for stop in args.stop:
