@@ -164,7 +164,7 @@ class CausalSelfAttention(nn.Module):
             y = causal_attention(q, k, v, self.dropout if self.training else 0.0)
         else:
             k, v, mask = remember(k, v)
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1)
+            y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, mask, is_causal=mask is None and T > 1).to(x.dtype)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
@@ -339,7 +339,9 @@ class GPT(nn.Module):
         weight = self.transformer.wte.weight
         rows = len(idx) * num_samples
         draws = [np.random.default_rng(seed + row) for row in range(rows)]
-        cache = KVCache(self.config, rows, weight.device, weight.dtype, static=cuda_graph)
+        # A CPU attends one query to many keys up to 8 times faster in float32.
+        dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
+        cache = KVCache(self.config, rows, weight.device, dtype, static=cuda_graph)
         step = GraphedStep(self, cache) if cuda_graph else self.step
         tokens, windows, start = idx.repeat_interleave(num_samples, dim=0), idx, None
         try:

@@ -206,8 +206,8 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(prog="sample.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", nargs="?", const="checkpoints", default="checkpoints", metavar="PATH",
-                        help=f"a checkpoint, a run directory, {', '.join(huggingface.PUBLISHED)}, or a folder in Hugging "
-                             "Face's layout (default: the most recently written checkpoint under checkpoints/)")
+                        help=f"a checkpoint, a run directory, {', '.join(huggingface.PUBLISHED)}, or a folder in "
+                             "Hugging Face's layout (default: the most recently written checkpoint under checkpoints/)")
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--prompt", metavar="TEXT", help="text to continue, or FILE:path (default: a line break)")
     task.add_argument("--interactive", action="store_true", help="continue the lines you type")

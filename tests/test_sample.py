@@ -144,8 +144,8 @@ def converse(folder, *turns):
     for awaited, typed in (*turns, (None, b"")):
         since = b""
         while awaited is None or awaited not in since:
-            if last.endswith(b"\x03") and not select.select([terminal], [], [], 3)[0]:
-                os.write(terminal, b"\x03")  # readline misses a signal that comes just before it waits
+            if last and not select.select([terminal], [], [], 5)[0]:
+                os.write(terminal, last)  # what is typed just before readline waits may be lost
             try:
                 read = os.read(terminal, 1000)
             except OSError:  # the terminal is closed
