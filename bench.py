@@ -6,6 +6,7 @@
 """
 
 import argparse
+import copy
 import dataclasses
 import functools
 import importlib.util
@@ -26,6 +27,7 @@ from config import MOST_STEPS, build_config, load_config, nearest, number, read_
 from dataset import SPLITS, write_corpus
 from device import autocast, device_name, peak_flops
 from errors import UserError, run_script
+from inference import prepare_for_inference
 from model import GPT2_SIZES
 from tokenizer import CharTokenizer
 from train_gpt2 import (
@@ -146,8 +148,13 @@ class Ours(Contender):
     def step(self, x, y):
         self.run.optimizer_step(x, y)
 
+    @functools.cached_property
+    def decoder(self):
+        """The model as sample.py generates with it."""
+        return prepare_for_inference(copy.deepcopy(self.model), self.device, self.dtype)
+
     def generate(self, idx, n_tokens):
-        self.run.model.generate(idx, n_tokens, temperature=0.8, top_k=200)
+        self.decoder.generate(idx, n_tokens, temperature=0.8, top_k=200, cuda_graph=self.device.type == "cuda")
 
 
 class Peer(Contender):
