@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import export_hf
 import huggingface
+import sample
 from checkpoint import save_checkpoint
 from errors import UserError
 from model import GPT, GPTConfig
@@ -89,6 +90,17 @@ def test_gpt2_bpe_as_a_process(tmp_path, text, downloads):
     assert sorted(os.listdir(tmp_path)) == ["checkpoints", "out"]
     assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "merges.txt", "model.safetensors",
                                                     "tokenizer_config.json", "vocab.json"]
+
+
+def test_sampling_from_an_exported_folder_is_sampling_from_the_checkpoint(tmp_path, capsys):
+    write_checkpoint(tmp_path / "m.pt", CharTokenizer("\nabc"))
+    export_hf.main(["--ckpt", str(tmp_path / "m.pt"), "--out", str(tmp_path / "out")])
+    texts = []
+    for path in ("m.pt", "out"):
+        capsys.readouterr()
+        sample.main(["--ckpt", str(tmp_path / path), "--max_new_tokens", "50", "--device", "cpu"])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and len(texts[0]) == 52
 
 
 def test_what_cannot_be_exported_is_named(tmp_path):
