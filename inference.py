@@ -55,6 +55,10 @@ class GraphedStep:
     def __init__(self, model, cache):
         self.idx = torch.zeros((cache.keys.size(1), 1), dtype=torch.int64, device=cache.keys.device)
         self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(cache.keys.device):
+            self.capture(model, cache)
+
+    def capture(self, model, cache):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # libraries make their workspaces, which a capture may not
