@@ -25,7 +25,7 @@ import torch
 
 from config import MOST_STEPS, build_config, load_config, nearest, number, read_command_line
 from dataset import SPLITS, write_corpus
-from device import autocast, device_name, peak_flops
+from device import autocast, device_name, is_out_of_memory, peak_flops
 from errors import UserError, run_script
 from inference import prepare_for_inference
 from model import GPT2_SIZES
@@ -34,7 +34,6 @@ from train_gpt2 import (
     Diverged,
     Trainer,
     check,
-    is_out_of_memory,
     mark,
     out_of_memory_message,
     seconds_between,
@@ -329,8 +328,6 @@ def bench(cfg, problems, args, random_data):
             write_random_corpus(Path(folder) / "random", cfg)
         check(cfg, problems)
         with closing(Trainer(cfg)) as run:
-            if run.device.type == "cuda":
-                torch.cuda.set_device(run.device.index or 0)
             return measurements(run, args, random_data)
 
 

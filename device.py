@@ -14,7 +14,10 @@ PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e1
 
 
 def choose_device(name):
-    """The torch.device for "auto", "cpu", "cuda", "cuda:N" or "mps". UserError if this machine has none such."""
+    """The torch.device for "auto", "cpu", "cuda", "cuda:N" or "mps", which becomes the current one.
+
+    UserError if this machine has none such.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -27,6 +30,8 @@ def choose_device(name):
     if (device.index or 0) >= n_devices[device.type]:
         raise UserError(f"device {name} is not on this machine (it has {n_devices[device.type]} of the kind); "
                         f"use --device=auto")
+    if device.index:
+        torch.cuda.set_device(device)  # streams, events and graphs belong to the current one
     return device
 
 
@@ -64,6 +69,11 @@ def default_generator(device):
         torch.cuda.init()
         return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
     return torch.mps._get_default_mps_generator() if device.type == "mps" else torch.default_generator
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that the device or the machine has no memory left."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def device_name(device):

@@ -1,5 +1,6 @@
 """The one kind of error that scripts report without a traceback."""
 
+import errno
 import io
 import os
 import re
@@ -32,14 +33,21 @@ def run_script(main):
         if lost := [word for word in sys.argv[1:] if re.fullmatch(r"--\w+=--", word)]:
             raise UserError(f"{lost[0]}: a value cannot be '--'")  # argparse before Python 3.13 loses it
         code = main(sys.argv[1:])
+        if sys.stdout:
+            sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
-    except BrokenPipeError:
-        # The reader of our output has gone (`| head`); keep Python from failing again at exit.
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        # Keep Python from failing again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        code = 0  # the reader of our output has gone (`| head`)
+        if error.errno == errno.ENOSPC:
+            print(f"error: cannot write the output: {error.strerror}", file=sys.stderr)
+            code = 2
     sys.exit(code)

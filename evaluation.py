@@ -28,8 +28,8 @@ def evaluate(model, dataset, batch_size, device, dtype=torch.float32):
     """Evaluate `model` (a GPT, compiled or not) on a TokenDataset.
 
     Every token but the first is predicted exactly once: where windows overlap, only the tokens that
-    the one before did not reach count. All batches have the same shape: the last is filled up with
-    windows whose targets are ignored.
+    the one before did not reach count. All batches have the first one's shape: the last is filled up
+    with windows whose targets are ignored.
     """
     was_training = model.training
     model.eval()

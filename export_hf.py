@@ -81,25 +81,25 @@ def character_tokenizer(vocabulary):
 
 
 def write_folder(out, model, tokenizer):
-    """Write the folder `out`, whole or not at all. UserError where that is not possible."""
-    temporary = out.with_name(f".{out.name}.writing")
-    files = {"config.json": config_json(model.config, tokenizer.end_of_text),
-             **tokenizer_files(tokenizer, model.config.block_size)}
-    make_folder(out.parent)
+    """Fill the folder `out`, made if it is not there: config.json comes last. UserError where that is not possible."""
+    files = {**tokenizer_files(tokenizer, model.config.block_size),
+             "config.json": config_json(model.config, tokenizer.end_of_text)}
+    is_new = not out.exists()
+    temporary = make_folder(out) / ".writing"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
         temporary.mkdir()
+        save_file(tensors_of(model), temporary / WEIGHTS, metadata={"format": "pt"})
         for name, content in files.items():
             text = content if isinstance(content, str) else json.dumps(content, indent=1, ensure_ascii=False) + "\n"
             (temporary / name).write_text(text, encoding="utf-8", newline="")
-        save_file(tensors_of(model), temporary / WEIGHTS, metadata={"format": "pt"})
-        if out.exists():
-            out.rmdir()  # it is empty
-        temporary.rename(out)
+        for name in (WEIGHTS, *files):
+            (temporary / name).replace(out / name)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if is_new and not any(out.iterdir()):
+            out.rmdir()
 
 
 def main(argv):

@@ -45,7 +45,7 @@ MOST_PROBLEMS = 5  # told of one folder's tensors
 
 
 def is_model(name):
-    """Whether `name` is a published model or a folder in Hugging Face's layout, and no checkpoint or run directory."""
+    """Whether `name` is a published model's, or a folder with config.json, which a run directory does not have."""
     return name in PUBLISHED or os.path.isfile(os.path.join(name, "config.json"))
 
 
@@ -119,8 +119,9 @@ def read_config(path):
     values = read_json(path)
     sizes = dict(n_layer="n_layer", n_head="n_head", n_embd="n_embd", vocab_size="vocab_size",
                  block_size="n_positions" if "n_positions" in values else "n_ctx")
-    problems = [f"{path}: {key} must be a whole number of at least 1, not {str(values.get(key))[:60]}"
-                for key in sizes.values() if type(values.get(key)) is not int or not 1 <= values[key] < 2**24]
+    problems = [f"{path}: {key} must be a whole number from 1 to {most:,}, not {str(values.get(key))[:60]}"
+                for key in sizes.values() for most in [10_000 if key == "n_layer" else 2**24]
+                if type(values.get(key)) is not int or not 1 <= values[key] <= most]
     for key, choices in SUPPORTED.items():
         value = values.get(key, choices[0])
         if not any(value == choice and type(value) is type(choice) for choice in choices):
@@ -266,6 +267,8 @@ def read_tensor(name, key, path, opened, shape):
         value = opened.get_tensor(key)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: tensor {key} cannot be read: {error}") from None
+    if not value.isfinite().all():
+        raise UserError(f"{path}: tensor {key} holds values that are not finite")
     value = value.t() if name.endswith(TRANSPOSED) else value
     value = value.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     return F.pad(value, (0, 0, 0, shape[0] - len(value))) if name in VOCABULARY_ROWS else value

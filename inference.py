@@ -28,6 +28,8 @@ class KVCache:
             self.mask = self.numbers <= self.places[:, None]  # (T, block_size)
             self.length.add_(T)
         else:
+            if self.length + T > len(self.numbers):
+                raise ValueError(f"{self.length} + {T} tokens are over block_size {len(self.numbers)}")
             if self.length and T > 1:
                 raise ValueError("a cache takes many tokens when it is empty, and then one at a time")
             self.places = slice(self.length, self.length + T)
@@ -55,10 +57,6 @@ class GraphedStep:
     def __init__(self, model, cache):
         self.idx = torch.zeros((cache.keys.size(1), 1), dtype=torch.int64, device=cache.keys.device)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(cache.keys.device):
-            self.capture(model, cache)
-
-    def capture(self, model, cache):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # libraries make their workspaces, which a capture may not
@@ -137,14 +135,35 @@ class PackedLinear(nn.Module):
         return self.product(rows).view(*x.shape[:-1], self.out_features)
 
 
+class CenteredHead(nn.Module):
+    """An output layer with the mean embedding taken out of its weights, for those of fewer bits.
+
+    GPT-2's logits have a large part in common, and bfloat16 steps of 0.5 at 100. That part, which no softmax
+    sees, is computed in float32.
+    """
+
+    def __init__(self, linear, vocab_size):
+        super().__init__()
+        self.register_buffer("mean", linear.weight[:vocab_size].mean(dim=0))
+        self.rest = nn.Linear(*linear.weight.t().shape, bias=False, device="meta")
+        self.rest.weight = nn.Parameter(linear.weight - self.mean, requires_grad=False)
+
+    def forward(self, x):
+        """x (..., C) -> float32 (..., V)."""
+        return self.rest(x).float() + (x.float() @ self.mean)[..., None]
+
+
 def prepare_for_inference(model, device, dtype):
     """A GPT on `device` with weights of `dtype`, in eval mode; on CPUs its linear layers become PackedLinear.
 
     It cannot be trained or saved any more.
     """
-    model.requires_grad_(False).to(device).eval()
+    model.requires_grad_(False).eval()
+    if dtype != torch.float32:
+        model.lm_head = CenteredHead(model.lm_head, model.config.vocab_size)
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)  # buffers, the tables of positions, stay float32
+        parameter.data = parameter.data.to(device, dtype)  # one by one; buffers, the tables, stay float32
+    model.to(device)
     if device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available():
         for module in list(model.modules()):
             for name, child in module.named_children():

@@ -10,6 +10,7 @@ import argparse
 import codecs
 import contextlib
 import json
+import math
 import sys
 import time
 
@@ -19,7 +20,7 @@ import huggingface
 from checkpoint import find_checkpoint, load_checkpoint
 from config import check_value, number
 from dataset import TokenDataset
-from device import DTYPES, choose_device, choose_dtype
+from device import DTYPES, choose_device, choose_dtype, is_out_of_memory
 from errors import UserError, run_script
 from evaluation import evaluate
 from files import read_text
@@ -71,10 +72,11 @@ class Continuation:
         return piece
 
 
-def continuations(model, tokenizer, prompt, args, seed, show):
-    """Yield args.num_samples finished Continuations of `prompt`, a text; `show` gets the first one's pieces at once."""
-    device = model.transformer.wte.weight.device
-    ids = torch.tensor([tokenizer.encode(prompt).tolist()], device=device)
+def continuations(model, tokenizer, ids, args, seed, show):
+    """Yield args.num_samples finished Continuations of the tokens ids, int64 (1, T).
+
+    `show` gets the first one's pieces at once.
+    """
     seen = ids.size(1) - model.window_start(ids.size(1))
     if seen < ids.size(1):
         print(f"note: of the prompt's {ids.size(1):,} tokens the model sees the last {seen:,} (its context is "
@@ -83,7 +85,7 @@ def continuations(model, tokenizer, prompt, args, seed, show):
         samples = [Continuation(tokenizer, args.stop) for _ in range(min(ROWS_AT_ONCE, args.num_samples - first))]
         running = list(enumerate(samples, start=first))
         steps = model.stream(ids, args.max_new_tokens, len(samples), seed + first, args.repetition_penalty,
-                             cuda_graph=device.type == "cuda", temperature=args.temperature, top_k=args.top_k,
+                             cuda_graph=ids.is_cuda, temperature=args.temperature, top_k=args.top_k,
                              top_p=args.top_p, min_p=args.min_p)
         for n, tokens in enumerate(steps, start=1):
             tokens = tokens.tolist()
@@ -106,9 +108,10 @@ def write(text):
 
 def answer(model, tokenizer, prompt, args, seed, echo):
     """Print the continuations of `prompt`, each after the text `echo`; with args.json an object a line instead."""
+    ids = torch.tensor([tokenizer.encode(prompt).tolist()], device=model.transformer.wte.weight.device)
     if not args.json:
         write(echo)
-    samples = continuations(model, tokenizer, prompt, args, seed, show=(lambda piece: None) if args.json else write)
+    samples = continuations(model, tokenizer, ids, args, seed, show=(lambda piece: None) if args.json else write)
     for i, sample in enumerate(samples):
         if args.json:
             print(json.dumps({"prompt": prompt, "text": sample.text, "tokens": sample.tokens, "seed": seed + i,
@@ -123,7 +126,9 @@ def interact(model, tokenizer, args):
     """Continue each line that is typed. Ctrl-C ends a text or clears the line, Ctrl-D ends the loop."""
     with contextlib.suppress(ImportError):  # Windows has no readline, but a console that does the same
         import readline  # noqa: F401  input() then edits lines and remembers them
-    is_typed = sys.stdin.isatty()
+    if sys.stdin is None:
+        raise UserError("--interactive reads prompts from the standard input, which is closed")
+    is_typed = sys.stdin.isatty() and sys.stdout is not None and sys.stdout.isatty()
     if is_typed:
         print("a line is continued; Ctrl-C stops a text, Ctrl-D ends", file=sys.stderr)
     seed = args.seed
@@ -162,10 +167,18 @@ def read_prompt(argument):
     return checked_text(argument if path == argument else read_text(path), "the prompt")
 
 
+def encoded(tokenizer, text, what):
+    """The ids of `text`. UserError that says `what` it is if it has a character outside the vocabulary."""
+    try:
+        return tokenizer.encode(text)
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from None
+
+
 def score(model, tokenizer, args, device):
     """Print how well the model predicts the file args.score, in float32 unless args.dtype says otherwise."""
     text = read_text(args.score)
-    tokens = tokenizer.encode(text)
+    tokens = encoded(tokenizer, text, args.score)
     length = model.config.block_size
     stride = args.stride or length
     if len(tokens) < 2:
@@ -175,6 +188,8 @@ def score(model, tokenizer, args, device):
     dtype = torch.float32 if args.dtype == "auto" else choose_dtype(args.dtype, device)
     dataset = TokenDataset(tokens, length, stride, tokenizer)
     result = evaluate(model.to(device), dataset, max(1, SCORED_AT_ONCE // length), device, dtype)
+    if not math.isfinite(result.loss):
+        raise UserError(f"{args.score}: the loss is not finite; the weights are of no use")
     figures = {"file": args.score, "tokens": len(tokens), "bytes": len(text.encode()), **vars(result),
                "context": length, "stride": stride, "dtype": str(dtype).removeprefix("torch.")}
     if args.json:
@@ -214,10 +229,10 @@ def parse_args(argv):
     task.add_argument("--score", metavar="FILE", help="print loss, perplexity and bits per byte of a text instead")
     parser.add_argument("--stride", type=number(int, low=1), metavar="TOKENS",
                         help="with --score: tokens from one window's start to the next (default: the context)")
-    parser.add_argument("--num_samples", type=number(int, low=1), default=1, help="default 1")
-    parser.add_argument("--max_new_tokens", type=number(int, low=1), default=500, help="default 500")
+    parser.add_argument("--num_samples", type=number(int, low=1, below=2**32), default=1, help="default 1")
+    parser.add_argument("--max_new_tokens", type=number(int, low=1, below=2**32), default=500, help="default 500")
     parser.add_argument("--temperature", type=number(float, low=0), default=0.8, help="0: greedy (default 0.8)")
-    parser.add_argument("--top_k", type=number(int, low=0), default=200,
+    parser.add_argument("--top_k", type=number(int, low=0, below=2**32), default=200,
                         help="keep the k likeliest tokens; 0: off (default 200)")
     parser.add_argument("--top_p", type=number(float, above=0, high=1), default=1.0,
                         help="keep the fewest likeliest with this probability together; 1: off (default 1)")
@@ -236,22 +251,32 @@ def parse_args(argv):
                              "for --score")
     parser.add_argument("--json", action="store_true", help="one JSON object a sample (or score)")
     args = parser.parse_args(argv)
-    if args.stride and not args.score:
+    if args.stride and args.score is None:
         parser.error("--stride needs --score")
     return args
 
 
 def main(argv):
     args = parse_args(argv)
-    device = choose_device(args.device)
+    try:
+        run(args, choose_device(args.device))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError("out of memory: ask for fewer samples (--num_samples), or for smaller weights "
+                        "(--dtype=bfloat16)") from None
+
+
+def run(args, device):
+    """Do what the flags say."""
     if huggingface.is_model(args.ckpt):
         model, tokenizer = huggingface.load(args.ckpt, args.data_dir)
     else:
         model, tokenizer = load_model(args.ckpt)
-    if args.score:
+    if args.score is not None:
         return score(model, tokenizer, args, device)
-    for stop in args.stop:
-        tokenizer.encode(checked_text(stop, "a --stop text"))  # one that cannot be written would never stop
+    for stop in args.stop:  # one that cannot be written would never stop
+        encoded(tokenizer, checked_text(stop, "a --stop text"), f"--stop {stop!r}")
     prompt = tokenizer.start if args.prompt is None else read_prompt(args.prompt)
     prepare_for_inference(model, device, choose_dtype(args.dtype, device))
     if args.interactive:

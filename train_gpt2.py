@@ -44,7 +44,15 @@ from config import (
     nearest,
 )
 from dataset import TokenDataset, read_corpus, read_meta, step_loader
-from device import autocast, choose_device, choose_dtype, default_generator, device_name, peak_flops
+from device import (
+    autocast,
+    choose_device,
+    choose_dtype,
+    default_generator,
+    device_name,
+    is_out_of_memory,
+    peak_flops,
+)
 from errors import UserError, run_script
 from evaluation import evaluate, perplexity
 from files import lock_folder, make_folder
@@ -117,8 +125,8 @@ def vocabulary_of(cfg):
 def vocabulary_message(cfg, tokenizer):
     """That cfg.dataset is by another tokenizer than the weights, whose is given."""
     return (f"dataset={cfg.dataset} does not have the vocabulary of init_from={cfg.init_from} ({tokenizer.kind}, "
-            f"{tokenizer.vocab_size:,} symbols): choose another data set; shakespeare and what prepare_data.py "
-            f"--tokenizer gpt2 makes have GPT-2's")
+            f"{tokenizer.vocab_size:,} symbols): choose another data set"
+            + ("; shakespeare and what prepare_data.py --tokenizer gpt2 makes have it" * (tokenizer.kind == "gpt2")))
 
 
 def check_corpus(cfg):
@@ -170,11 +178,6 @@ def out_of_memory_message(cfg):
             f"activations shrink in proportion; raise gradient_accumulation_steps by as much and the step stays the "
             f"same), then block_size (likewise), then n_layer or n_embd={cfg.n_embd} (weights, gradients and moments "
             f"take 16 bytes a parameter, and their number grows with n_layer and with n_embd squared)")
-
-
-def is_out_of_memory(error):
-    """Whether an exception says that the device or the machine has no memory left."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 @dataclass
@@ -254,7 +257,7 @@ class Trainer:
         state = weights.state()
         state["transformer.wpe.weight"] = state["transformer.wpe.weight"][: cfg.block_size]
         self.model.load_state_dict(state)
-        print(f"weights from {cfg.init_from}: {weights.folder}")
+        print(f"weights from {weights.folder}")
 
     def compare_with(self, path, content):
         """UserError where the checkpoint's data, architecture or optimizer is another; a line for other changes."""

@@ -11,7 +11,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from inference import PackedLinear, choose_tokens, prepare_for_inference
+from inference import KVCache, PackedLinear, choose_tokens, prepare_for_inference
 
 CPU = torch.device("cpu")
 
@@ -140,3 +140,25 @@ def test_a_prepared_model_gives_the_same_logits():
     with torch.no_grad():
         expected = model(idx)[0]
         assert torch.allclose(prepare_for_inference(model, CPU, torch.float32)(idx)[0], expected, atol=1e-5)
+
+
+def test_logits_with_much_in_common_keep_their_differences_in_bfloat16():
+    """As GPT-2's do, which lie around -100."""
+    model = make(vocab_size=1030, tie_weights=False, n_embd=64)
+    idx = torch.randint(1030, (1, 16))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(10).add_(-4 * model.transformer.ln_f(model.hidden(idx)[0, -1]))
+        expected = model(idx)[0][0, -1]
+        result = prepare_for_inference(model, CPU, torch.bfloat16)(idx)[0][0, -1]
+    assert expected.mean() < -100 and 1 < expected.std() < 10 and result.dtype == torch.float32
+    wrong = (result - expected) - (result - expected).mean()
+    assert wrong.abs().max() < 0.1 < (expected.bfloat16().float() - expected).abs().max()
+
+
+def test_a_full_cache_is_told():
+    model = make()
+    cache = KVCache(model.config, 1, CPU, torch.float32)
+    with torch.no_grad():
+        model.step(torch.zeros(1, 16, dtype=torch.int64), cache)
+        with pytest.raises(ValueError, match=r"16 \+ 1 tokens are over block_size 16"):
+            model.step(torch.zeros(1, 1, dtype=torch.int64), cache)

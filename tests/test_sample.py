@@ -201,6 +201,8 @@ def test_score_is_the_evaluation(alone, tmp_path):
     assert_refused(sample(alone, *args[:3], tmp_path / "short.txt"), "at least 2")
     assert_refused(sample(alone, *args, "--stride", "33"), "--stride 33", "32")
     assert_refused(sample(alone, *args[:3], "nosuch.txt"), "nosuch.txt")
+    (tmp_path / "odd.txt").write_text("A☃")
+    assert_refused(sample(alone, *args[:3], tmp_path / "odd.txt"), "odd.txt: character '☃' at position 1")
 
 
 def test_a_long_prompt_is_noted(alone):
@@ -241,7 +243,8 @@ def test_impossible_flags_are_refused_with_their_range(args, words, capsys):
 @pytest.mark.parametrize("args, words", [
     (["--prompt", "snow ☃"], "'☃' at position 5"), (["--prompt", ""], "empty"), (["--prompt", "FILE:nosuch"], "nosuch"),
     (["--prompt", "FILE:."], "folder"), (["--prompt", "\udcff"], "UTF-8"), (["--stop", ""], "--stop"),
-    (["--stop", "☃"], "'☃'"), (["--device", "tpu"], "tpu"), (["--dtype", "float16", "--device", "cpu"], "float16"),
+    (["--stop", "☃"], "--stop '☃'"), (["--score", ""], "is a folder"),
+    (["--device", "tpu"], "tpu"), (["--dtype", "float16", "--device", "cpu"], "float16"),
     (["--ckpt", "nosuch.pt"], "nosuch.pt"), (["--ckpt", "model.py"], "model.py"),
 ])
 def test_bad_input(alone, args, words, monkeypatch):
@@ -251,6 +254,11 @@ def test_bad_input(alone, args, words, monkeypatch):
 
 
 def test_bad_input_to_the_process(alone):
+    with open("/dev/full", "w") as full:
+        process = subprocess.run([sys.executable, "sample.py", "--ckpt", "model.pt"], cwd=alone, stdout=full,
+                                 stderr=subprocess.PIPE, text=True, timeout=60)
+    assert process.returncode == 2 and "error: cannot write the output: No space left" in process.stderr
+    assert "Traceback" not in process.stderr and "Exception" not in process.stderr
     assert_refused(sample(alone, "--ckpt", "model.pt", "--prompt", "\udcff"), "UTF-8")
     assert_refused(sample(alone, "--ckpt", "model.pt", "--top_p", "2"), "--top_p", "<= 1")
 
