@@ -340,6 +340,7 @@ def test_data_too_short_for_a_window(tmp_path, tiny_args):
                    "block_size=10800 is over the data's length", "10800 training tokens", "not divisible")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("environment, compiled", [({}, True), ({"CXX": "/nosuch/compiler"}, False)])
 def test_compiling_keeps_names_and_falls_back_once(tmp_path, tiny_args, environment, compiled):
     environment |= {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
