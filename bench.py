@@ -25,7 +25,7 @@ import torch
 
 from config import MOST_STEPS, build_config, load_config, nearest, number, read_command_line
 from dataset import SPLITS, write_corpus
-from device import autocast, device_name, is_out_of_memory, peak_flops
+from device import autocast, device_name, out_of_memory_as, peak_flops
 from errors import UserError, run_script
 from inference import prepare_for_inference
 from model import GPT2_SIZES
@@ -437,14 +437,11 @@ def main(argv):
     with redirect_stdout(sys.stderr):  # what is said on the way is no part of the result
         args.peer_module = load_peer(args.peer) if args.peer else None
         try:
-            result = bench(cfg, problems, args, random_data)
+            with out_of_memory_as(out_of_memory_message(cfg)):
+                result = bench(cfg, problems, args, random_data)
         except Diverged as error:
             print(f"error: {error}", file=sys.stderr)
             return 3
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise UserError(out_of_memory_message(cfg)) from None
     print(json.dumps(result) if args.json else table(result))
     return 0
 

@@ -61,6 +61,12 @@ def step_checkpoints(run_dir):
     return sorted(Path(run_dir).glob(STEP_PATTERN))
 
 
+def newest_first(run_dir):
+    """The run's step_*.pt files from the newest to the oldest, then best.pt, as far as they are there."""
+    best = Path(run_dir) / "best.pt"
+    return [*step_checkpoints(run_dir)[::-1], *([best] if best.exists() else [])]
+
+
 def prune_checkpoints(run_dir, keep):
     """Delete all step_*.pt but the `keep` newest."""
     for path in step_checkpoints(run_dir)[:-keep]:
@@ -99,10 +105,7 @@ def load_newest(run_dir):
 
     (None, None) when there are none. UserError when there are some and none is whole.
     """
-    paths = step_checkpoints(run_dir)[::-1]
-    best = Path(run_dir) / "best.pt"
-    if best.exists():
-        paths.append(best)
+    paths = newest_first(run_dir)
     for path in paths:
         try:
             return path, load_checkpoint(path)
@@ -115,10 +118,10 @@ def load_newest(run_dir):
 
 def newest_config(run_dir):
     """The config in the run's newest checkpoint that can be opened, or None; no weight is read, nothing verified."""
-    for path in [*step_checkpoints(run_dir)[::-1], Path(run_dir) / "best.pt"]:
+    for path in newest_first(run_dir):
         try:
             return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["config"])
-        except Exception:  # missing or damaged, in a dozen ways: load_newest tells of it
+        except Exception:  # damaged, in a dozen ways: load_newest tells of it
             continue
     return None
 

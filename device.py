@@ -71,9 +71,16 @@ def default_generator(device):
     return torch.mps._get_default_mps_generator() if device.type == "mps" else torch.default_generator
 
 
-def is_out_of_memory(error):
-    """Whether an exception says that the device or the machine has no memory left."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+@contextlib.contextmanager
+def out_of_memory_as(message):
+    """Where the device or the machine has no memory left: a UserError with `message`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        told = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+        if not told:
+            raise
+        raise UserError(message) from None
 
 
 def device_name(device):

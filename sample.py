@@ -20,7 +20,7 @@ import huggingface
 from checkpoint import find_checkpoint, load_checkpoint
 from config import check_value, number
 from dataset import TokenDataset
-from device import DTYPES, choose_device, choose_dtype, is_out_of_memory
+from device import DTYPES, choose_device, choose_dtype, out_of_memory_as
 from errors import UserError, run_script
 from evaluation import evaluate
 from files import read_text
@@ -200,8 +200,7 @@ def score(model, tokenizer, args, device):
 
 
 def load_model(path):
-    """(GPT on the CPU, tokenizer) from the checkpoint that `path` means. UserError if it is not whole."""
-    path = find_checkpoint(path)
+    """(GPT on the CPU, tokenizer) from the checkpoint file at `path`. UserError if it is not whole."""
     content = load_checkpoint(path)
     tokenizer = tokenizer_from_state(content["tokenizer"], path)
     checks = [check_value(name, content["config"].get(name)) for name in GPTConfig.shape_fields()]
@@ -258,13 +257,9 @@ def parse_args(argv):
 
 def main(argv):
     args = parse_args(argv)
-    try:
+    with out_of_memory_as("out of memory: ask for fewer samples (--num_samples), or for smaller weights "
+                          "(--dtype=bfloat16)"):
         run(args, choose_device(args.device))
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError("out of memory: ask for fewer samples (--num_samples), or for smaller weights "
-                        "(--dtype=bfloat16)") from None
 
 
 def run(args, device):
@@ -272,7 +267,7 @@ def run(args, device):
     if huggingface.is_model(args.ckpt):
         model, tokenizer = huggingface.load(args.ckpt, args.data_dir)
     else:
-        model, tokenizer = load_model(args.ckpt)
+        model, tokenizer = load_model(find_checkpoint(args.ckpt))
     if args.score is not None:
         return score(model, tokenizer, args, device)
     for stop in args.stop:  # one that cannot be written would never stop

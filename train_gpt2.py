@@ -50,7 +50,7 @@ from device import (
     choose_dtype,
     default_generator,
     device_name,
-    is_out_of_memory,
+    out_of_memory_as,
     peak_flops,
 )
 from errors import UserError, run_script
@@ -652,14 +652,11 @@ def main(argv):
     cfg, problems = config_from_argv(argv, weights_shape)
     check(cfg, problems)
     try:
-        run = train(cfg)
+        with out_of_memory_as(out_of_memory_message(cfg)):
+            run = train(cfg)
     except Diverged as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(out_of_memory_message(cfg)) from None
     except Interrupted as stop:
         again = [*argv, *([] if cfg.resume else ["--resume"])]
         print(f"go on with: python train_gpt2.py {shlex.join(again)}")
