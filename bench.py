@@ -7,7 +7,6 @@
 
 import argparse
 import copy
-import dataclasses
 import functools
 import importlib.util
 import itertools
@@ -17,94 +16,96 @@ import statistics
 import sys
 import tempfile
 import time
-from contextlib import closing, redirect_stdout
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from config import MOST_STEPS, build_config, load_config, nearest, number, read_command_line
-from dataset import SPLITS, write_corpus
-from device import autocast, device_name, out_of_memory_as, peak_flops
-from errors import UserError, run_script
-from inference import prepare_for_inference
-from model import GPT2_SIZES
-from tokenizer import CharTokenizer
-from train_gpt2 import (
-    Diverged,
-    Trainer,
-    check,
+from core.config import MAX_STEPS, Problems, ResolvedConfig, Values, file_values, read_command_line, resolve
+from core.corpus import SPLITS, Corpus, open_corpus, write_corpus
+from core.dataset import Batch, TokenDataset, batches
+from core.inference import generate, prepare_for_inference
+from core.preflight import check_length, check_run
+from core.tokenizer import CharTokenizer
+from core.trainer import Diverged, Trainer, out_of_memory_message
+from lib.cli import UserError, nearest, number, run_script
+from lib.device import (
+    Mark,
+    autocast,
+    device_name,
+    dtype_name,
     mark,
-    out_of_memory_message,
+    out_of_memory_as,
+    peak_flops,
     seconds_between,
-    weights_shape,
+    synchronize,
 )
+from model import GPT2_SIZES
 
+Spread = dict[str, float]  # median, low and high: the quartiles
 PHASES = ("data", "forward", "backward", "optimizer")
 GPT2_VOCABULARY = 50257
 RANDOM_TOKENS = 2_000_000
 SECONDS_A_TURN = 0.3  # long enough that a short step finds its own weights in the caches again
-UNUSED_FIELDS = ("max_iters", "epochs", "resume", "data_dir", "out_dir", "log_dir")  # of no weight for a step's time
+UNUSED_FIELDS = ("max_iters", "epochs", "resume", "data_dir", "out_dir", "log_dir")  # no matter for a step's time
 REPEATS = 5  # of decoding and of tokenizing, after one that is not counted
 
 HELP = f"""
 {__doc__}
-What is timed is training's own step, on the config's data. A GPT-2 size ({", ".join(GPT2_SIZES)}) trains on
+This times training's own step, on the config's data. A GPT-2 size ({", ".join(GPT2_SIZES)}) trains on
 random tokens unless --dataset names a data set. Every flag of train_gpt2.py works (see its --help), but max_iters,
 epochs, resume, out_dir and log_dir change nothing here: no file is kept.
 
-data: waiting for a batch and sending it to the device. optimizer: all that follows the last backward pass: clipping,
-the update, the check for finite values. MFU: FLOP of the step (6 a parameter and token, and attention's) a second,
-against the device's bf16 peak by its data sheet, or on a CPU against the fastest 2048 x 2048 matrix product in the
-step's number format, measured here; n/a for a card without a known peak. Figures are medians (lower to upper quartile).
+data: waiting for a batch and sending it to the device. optimizer: everything after the last backward pass: clipping,
+the update, the check for finite values. MFU: FLOP/s of the step (6 per parameter and token, plus attention's) over
+the device's bf16 peak from its data sheet, or on a CPU over the fastest 2048 x 2048 matrix product in the step's
+number format, measured on the spot; n/a for a card without a known peak. Results are medians (lower to upper quartile).
 """
 
 
-def spread(values):
-    """{"median", "low", "high"} of some numbers: the median and the quartiles."""
+def spread(values: Iterable[float]) -> Spread:
+    """Median and quartiles of some numbers."""
     low, median, high = np.percentile(list(values), (25, 50, 75)).tolist()
     return {"median": median, "low": low, "high": high}
 
 
-def rates(amount, seconds):
-    """The spread of amount / seconds over some repeats' seconds: its median belongs to theirs; None for none."""
+def rates(amount: float, seconds: list[float]) -> Spread | None:
+    """The spread of amount / seconds over repeats that took `seconds`; None for none."""
     if not seconds:
         return None
-    of = spread(seconds)
-    return {"median": amount / of["median"], "low": amount / of["high"], "high": amount / of["low"]}
-
-
-def synchronize(device):
-    """Wait until `device` has done all it was given."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+    times = spread(seconds)
+    return {"median": amount / times["median"], "low": amount / times["high"], "high": amount / times["low"]}
 
 
 class Contender:
     """A model and the training step that is timed, `step(x, y)` on the windows (x, y) of `batches`.
 
-    Subclasses set model, dtype, compiled, n_params, flops_per_token, and call the model's forward through `timed`.
+    Subclasses set model, dtype, compiled, n_params, flops_per_token, generates, and call the model's forward through `timed`.
     """
 
-    def __init__(self, device, batches):
+    def __init__(self, device: torch.device, batches: Iterable[Batch]) -> None:
         self.device, self.batches = device, iter(batches)
-        self.marks = []  # (phase that ended, when), from one step's start to its end
-        self.turns = []  # for each turn, its steps: {phase: seconds}
-        self.decode_seconds = []
-        self.peak_memory = None
+        self.marks: list[tuple[str | None, Mark]] = []  # (phase that ended, when), from one step's start to its end
+        self.turns: list[list[dict[str, float]]] = []  # for each turn, its steps: {phase: seconds}
+        self.decode_seconds: list[float] = []
+        self.peak_memory: int | None = None  # bytes
 
-    def mark(self, phase):
+    def mark(self, phase: str | None) -> None:
         if self.device.type == "mps":
             synchronize(self.device)
         self.marks.append((phase, mark(self.device)))
 
-    def timed(self, forward):
-        """`forward(x, y) -> (logits, loss)` that marks its start, its end, and its backward pass's end."""
-        def backward_starts(gradient):
+    def timed(self, forward: Callable) -> Callable:
+        """`forward(x, y) -> (logits, loss)` that marks its start, its end, and the end of its backward pass."""
+        def backward_starts(gradient: Tensor) -> None:
             # The autograd engine calls this when the whole backward pass is done.
             torch.autograd.Variable._execution_engine.queue_callback(lambda: self.mark("backward"))
 
-        def call(x, y):
+        def call(x: Tensor, y: Tensor) -> tuple[Tensor | None, Tensor]:
             self.mark("data")
             logits, loss = forward(x, y)
             self.mark("forward")
@@ -113,21 +114,20 @@ class Contender:
 
         return call
 
-    def run_steps(self, n):
+    def run_steps(self, n: int) -> list[dict[str, float]]:
         """Do n training steps; {phase: seconds} of each."""
         synchronize(self.device)
         steps = []
         for _ in range(n):
             self.marks = []
             self.mark(None)
-            x, y = next(self.batches)
-            self.step(x, y)
+            self.step(next(self.batches))
             self.mark("optimizer")
             steps.append(self.marks)
         return [seconds_of_phases(marks) for marks in steps]
 
-    def decode(self, n_tokens):
-        """Seconds to generate n_tokens tokens out of one."""
+    def decode(self, n_tokens: int) -> float:
+        """Seconds to generate n_tokens tokens from one."""
         synchronize(self.device)
         start = time.perf_counter()
         self.generate(torch.zeros((1, 1), dtype=torch.int64, device=self.device), n_tokens)
@@ -138,51 +138,55 @@ class Contender:
 class Ours(Contender):
     """A Trainer's model and step."""
 
-    def __init__(self, run):
-        super().__init__(run.device, run.batches())
-        self.run, self.model, self.dtype, self.compiled = run, run.model, run.dtype, run.forward is not run.model
-        self.n_params, self.flops_per_token = run.model.n_params(), run.model.flops_per_token()
-        run.forward = self.timed(run.forward)
+    def __init__(self, trainer: Trainer, batches: Iterable[Batch]) -> None:
+        super().__init__(trainer.device, batches)
+        self.trainer, self.model, self.dtype = trainer, trainer.model, trainer.dtype
+        self.compiled, self.n_steps, self.generates = trainer.forward is not trainer.model, 0, True
+        self.n_params, self.flops_per_token = trainer.model.n_params(), trainer.model.flops_per_token()
+        trainer.forward = self.timed(trainer.forward)
 
-    def step(self, x, y):
-        self.run.optimizer_step(x, y)
+    def step(self, batch: Batch) -> None:
+        self.trainer.step(batch, self.n_steps)
+        self.n_steps += 1
 
     @functools.cached_property
-    def decoder(self):
+    def decoder(self) -> torch.nn.Module:
         """The model as sample.py generates with it."""
         return prepare_for_inference(copy.deepcopy(self.model), self.device, self.dtype)
 
-    def generate(self, idx, n_tokens):
-        self.decoder.generate(idx, n_tokens, temperature=0.8, top_k=200, cuda_graph=self.device.type == "cuda")
+    def generate(self, idx: Tensor, n_tokens: int) -> None:
+        generate(self.decoder, idx, n_tokens, temperature=0.8, top_k=200, static_cache=self.device.type == "cuda")
 
 
 class Peer(Contender):
     """A model class with nanoGPT's constructor, trained as nanoGPT's script does, on the batches that we train on."""
 
-    def __init__(self, module, path, run, compiled):
-        super().__init__(run.device, run.batches())
-        self.cfg = cfg = run.cfg
-        self.dtype, self.compiled = run.dtype if run.device.type == "cuda" else torch.float32, compiled
+    def __init__(self, module: ModuleType, path: str, trainer: Trainer, batches: Iterable[Batch],
+                 compiled: bool) -> None:
+        super().__init__(trainer.device, batches)
+        self.cfg = cfg = trainer.cfg
+        self.dtype, self.compiled = trainer.dtype if trainer.device.type == "cuda" else torch.float32, compiled
         shape = {name: getattr(cfg, name) for name in ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")}
         torch.manual_seed(cfg.seed)
         try:
-            self.model = module.GPT(module.GPTConfig(vocab_size=run.model.config.padded_vocab_size, **shape))
-            self.model.to(run.device)
+            self.model = module.GPT(module.GPTConfig(vocab_size=trainer.model.config.padded_vocab_size, **shape))
+            self.model.to(trainer.device)
             self.optimizer = self.model.configure_optimizers(
-                cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), run.device.type)
+                cfg.weight_decay, cfg.learning_rate, (cfg.beta1, cfg.beta2), trainer.device.type)
         except (TypeError, AttributeError) as error:
             raise UserError(f"the peer {path} is not built as nanoGPT's GPT is: {error}") from None
-        self.scaler = torch.amp.GradScaler(run.device.type, enabled=self.dtype == torch.float16)
+        self.scaler = torch.amp.GradScaler(trainer.device.type, enabled=self.dtype == torch.float16)
         self.n_params = sum(p.numel() for name, p in self.model.named_parameters() if "wpe" not in name)
-        self.flops_per_token = run.model.flops_per_token() + 6 * (self.n_params - run.model.n_params())
+        self.flops_per_token = trainer.model.flops_per_token() + 6 * (self.n_params - trainer.model.n_params())
         self.forward = self.timed(torch.compile(self.model) if compiled else self.model)
+        self.generates = hasattr(self.model, "generate")
 
-    def step(self, x, y):
-        cfg = self.cfg
-        for x_micro, y_micro in zip(x.split(cfg.batch_size), y.split(cfg.batch_size)):
-            x_micro, y_micro = (t.to(self.device, non_blocking=True) for t in (x_micro, y_micro))
+    def step(self, batch: Batch) -> None:
+        cfg, on_cuda = self.cfg, self.device.type == "cuda"
+        for x, y in zip(*(part.split(cfg.batch_size) for part in batch)):
+            x, y = (part.to(self.device, non_blocking=on_cuda) for part in (x, y))
             with autocast(self.device, self.dtype):
-                loss = self.forward(x_micro, y_micro)[1] / cfg.gradient_accumulation_steps
+                loss = self.forward(x, y)[1] / cfg.gradient_accumulation_steps
             self.scaler.scale(loss).backward()
         if cfg.grad_clip:
             self.scaler.unscale_(self.optimizer)
@@ -192,15 +196,15 @@ class Peer(Contender):
         self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def generate(self, idx, n_tokens):
+    def generate(self, idx: Tensor, n_tokens: int) -> None:
         self.model.eval()
         with autocast(self.device, self.dtype):
             self.model.generate(idx, n_tokens, temperature=0.8, top_k=200)
         self.model.train()
 
 
-def load_peer(path):
-    """The module in the file `path`, which is executed. UserError if it is none, or has no GPT and GPTConfig."""
+def load_peer(path: str) -> ModuleType:
+    """The module in the file `path`, which is executed. UserError if there is none, or it lacks GPT or GPTConfig."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no peer file {path}: --peer takes the path of a model.py")
@@ -217,7 +221,7 @@ def load_peer(path):
     return module
 
 
-def seconds_of_phases(marks):
+def seconds_of_phases(marks: list[tuple[str | None, Mark]]) -> dict[str, float]:
     """{phase: seconds} of one step's marks."""
     seconds = dict.fromkeys(PHASES, 0.0)
     for (_, start), (phase, end) in itertools.pairwise(marks):
@@ -225,7 +229,7 @@ def seconds_of_phases(marks):
     return seconds
 
 
-def warm_up(contender, n_steps, held=0):
+def warm_up(contender: Contender, n_steps: int, held: int = 0) -> Contender:
     """Do n_steps steps that do not count. They show the peak memory, without the `held` bytes of others."""
     on_cuda = contender.device.type == "cuda"
     contender.run_steps(1)  # it may compile
@@ -234,13 +238,13 @@ def warm_up(contender, n_steps, held=0):
     contender.seconds_a_step = sum(contender.run_steps(n_steps - 1)[-1].values())
     if on_cuda:
         contender.peak_memory = torch.cuda.max_memory_allocated() - held
-    elif isinstance(contender, Ours):  # the peer comes later into the same process
+    elif isinstance(contender, Ours):  # the peer enters the same process later
         contender.peak_memory = peak_rss()
     return contender
 
 
-def peak_rss():
-    """Peak resident memory of this process in bytes, or None where the system does not tell."""
+def peak_rss() -> int | None:
+    """Peak resident memory of this process in bytes; None where the system does not report it."""
     try:
         import resource
     except ImportError:  # Windows
@@ -248,14 +252,14 @@ def peak_rss():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def measure(contenders, n_steps, decode_tokens):
+def measure(contenders: list[Contender], n_steps: int, decode_tokens: int) -> None:
     """Let the contenders take turns (A B A B) until each has done n_steps steps; then each decodes in turn."""
     slowest = max(contender.seconds_a_step for contender in contenders)
     a_turn = min(max(1, int(SECONDS_A_TURN / slowest)), math.ceil(n_steps / REPEATS))
     for done in range(0, n_steps, a_turn):
         for contender in contenders:
             contender.turns.append(contender.run_steps(min(a_turn, n_steps - done)))
-    decoders = [c for c in contenders if decode_tokens and hasattr(c.model, "generate")]
+    decoders = [c for c in contenders if decode_tokens and c.generates]
     for repeat in range(REPEATS + 1):
         for contender in decoders:
             seconds = contender.decode(decode_tokens)
@@ -264,7 +268,7 @@ def measure(contenders, n_steps, decode_tokens):
 
 
 @functools.cache
-def matrix_product_flops(dtype, size=2048, seconds=1.0):
+def matrix_product_flops(dtype: torch.dtype, size: int = 2048, seconds: float = 1.0) -> float:
     """FLOP/s of the fastest of the (size, size) matrix products that fit into `seconds`, on the CPU."""
     a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
     fastest, end = math.inf, time.perf_counter() + seconds
@@ -274,13 +278,13 @@ def matrix_product_flops(dtype, size=2048, seconds=1.0):
     return 2 * size**3 / fastest
 
 
-def peak_of(device, dtype):
-    """FLOP/s that `device` could reach: a CPU's is measured in `dtype`, a card's is known or None."""
+def peak_of(device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOP/s that `device` could reach: a CPU's is measured in `dtype`, a card's known or None."""
     return matrix_product_flops(dtype) if device.type == "cpu" else peak_flops(device)
 
 
-def tokenization_seconds(corpus, n_tokens=1_000_000):
-    """(bytes of a text, seconds of each time it is encoded) for the corpus's tokenizer."""
+def tokenization_seconds(corpus: Corpus, n_tokens: int = 1_000_000) -> tuple[int, list[float]]:
+    """(bytes of a text, seconds of each time the corpus's tokenizer encodes it)."""
     text = corpus.tokenizer.decode(corpus.train[:n_tokens])
     seconds = []
     for _ in range(REPEATS + 1):
@@ -290,15 +294,14 @@ def tokenization_seconds(corpus, n_tokens=1_000_000):
     return len(text.encode("utf-8", errors="surrogatepass")), seconds[1:]
 
 
-def figures(contender, cfg, decode_tokens):
+def metrics(contender: Contender, cfg: ResolvedConfig, decode_tokens: int) -> dict:
     """What was measured of a contender, as --json gives it."""
     steps = [step for turn in contender.turns for step in turn]
     seconds = [sum(step.values()) for step in steps]
-    tokens = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size
-    per_second = rates(tokens, seconds)
+    per_second = rates(cfg.sequences * cfg.block_size, seconds)
     peak = peak_of(contender.device, contender.dtype)
     return {
-        "dtype": str(contender.dtype).removeprefix("torch."), "compiled": contender.compiled,
+        "dtype": dtype_name(contender.dtype), "compiled": contender.compiled,
         "parameters": contender.n_params, "ms_per_step": spread(1000 * s for s in seconds),
         "tokens_per_second": per_second,
         "mfu": peak and per_second["median"] * contender.flops_per_token / peak, "peak_flops": peak,
@@ -308,9 +311,9 @@ def figures(contender, cfg, decode_tokens):
     }
 
 
-def speedups(ours, peer):
+def speedups(ours: Contender, peer: Contender) -> dict[str, Spread | None]:
     """How many times faster ours is: the peer's seconds / ours, turn by turn."""
-    def step_seconds(turn):
+    def step_seconds(turn: list[dict[str, float]]) -> float:
         return statistics.median(sum(step.values()) for step in turn)
 
     steps = [step_seconds(b) / step_seconds(a) for a, b in zip(ours.turns, peer.turns)]
@@ -318,51 +321,58 @@ def speedups(ours, peer):
     return {"step": spread(steps), "decode": spread(decoding) if decoding else None}
 
 
-def bench(cfg, problems, args, random_data):
-    """Measure; everything as --json gives it. UserError with the config's `problems` and those found here."""
-    with tempfile.TemporaryDirectory() as folder:
-        cfg = dataclasses.replace(cfg, max_iters=MOST_STEPS - 1, epochs=None, resume=False,
-                                  out_dir=f"{folder}/checkpoints", log_dir=f"{folder}/runs")
+def bench(values: Values, problems: Problems, args: argparse.Namespace, random_data: bool) -> dict:
+    """Measure; everything as --json gives it. UserError with `problems` and those found here."""
+    with tempfile.TemporaryDirectory() as directory:
+        values = values | dict(max_iters=MAX_STEPS - 1, epochs=None, resume=False, out_dir=directory)
         if random_data:
-            cfg = dataclasses.replace(cfg, dataset="random", data_dir=folder)
-            write_random_corpus(Path(folder) / "random", cfg)
-        check(cfg, problems)
-        with closing(Trainer(cfg)) as run:
-            return measurements(run, args, random_data)
+            values |= dict(dataset="random", data_dir=directory)
+            write_random_corpus(Path(directory) / "random")
+        cfg = check_run(values, problems)
+        corpus = open_corpus(cfg.dataset, cfg.data_dir)
+        check_length(cfg, len(corpus.train))
+        train_data = TokenDataset(corpus.train, cfg.block_size, cfg.stride)
+        cfg = resolve(cfg, len(train_data))
+        with out_of_memory_as(out_of_memory_message(cfg)):
+            trainer = Trainer(cfg, corpus.tokenizer.vocab_size)
+            return measurements(trainer, corpus, train_data, args, random_data)
 
 
-def measurements(run, args, random_data):
-    """Measure a run's step, beside the peer's if there is one."""
-    cfg = run.cfg
-    contenders = [warm_up(Ours(run), args.warmup)]
+def measurements(trainer: Trainer, corpus: Corpus, train_data: TokenDataset, args: argparse.Namespace,
+                 random_data: bool) -> dict:
+    """Measure the trainer's step, beside the peer's if there is one."""
+    cfg, device = trainer.cfg, trainer.device
+    contenders = [warm_up(Ours(trainer, batches(train_data, cfg, 0, device)), args.warmup)]
     if args.peer:
-        held = torch.cuda.memory_allocated() if run.device.type == "cuda" else 0
-        contenders.append(warm_up(Peer(args.peer_module, args.peer, run, args.peer_compile), args.warmup, held))
+        held = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+        peer = Peer(args.peer_module, args.peer, trainer, batches(train_data, cfg, 0, device), args.peer_compile)
+        contenders.append(warm_up(peer, args.warmup, held))
     measure(contenders, args.steps, args.decode_tokens)
-    n_bytes, seconds = (0, []) if random_data else tokenization_seconds(run.corpus)
+    n_bytes, seconds = (0, []) if random_data else tokenization_seconds(corpus)
     return {
-        "device": device_name(run.device), "torch": torch.__version__,
+        "device": device_name(device), "torch": torch.__version__,
         "config": {name: value for name, value in vars(cfg).items() if name not in UNUSED_FIELDS},
-        "vocab_size": run.corpus.tokenizer.vocab_size,
-        "tokens_per_step": run.sequences * cfg.block_size,
+        "vocab_size": corpus.tokenizer.vocab_size,
+        "tokens_per_step": cfg.sequences * cfg.block_size,
         "steps": args.steps, "warmup": args.warmup, "decode_tokens": args.decode_tokens, "peer": args.peer,
-        "runs": {name: figures(contender, cfg, args.decode_tokens)
+        "runs": {name: metrics(contender, cfg, args.decode_tokens)
                  for name, contender in zip(("ours", "peer"), contenders)},
-        "memory_is": "torch.cuda.max_memory_allocated" if run.device.type == "cuda" else "peak RSS of the process",
+        "memory_is": "torch.cuda.max_memory_allocated" if device.type == "cuda" else "peak RSS of the process",
         "speedup": speedups(*contenders) if args.peer else None,
         "tokenize_mb_per_second": rates(n_bytes / 1e6, seconds),
     }
 
 
-def write_random_corpus(folder, cfg):
-    """A data set of random tokens in `folder`, with as many symbols as GPT-2's vocabulary has."""
-    random = np.random.default_rng(cfg.seed)
-    n_tokens = {"train": max(RANDOM_TOKENS, cfg.block_size + 1), "val": 2}
+def write_random_corpus(directory: Path) -> None:
+    """A data set of random tokens, with as many symbols as GPT-2's vocabulary has."""
+    random = np.random.default_rng(0)
     tokenizer = CharTokenizer(map(chr, range(0x10000, 0x10000 + GPT2_VOCABULARY)))  # any symbols will do
-    write_corpus(folder, tokenizer, {split: random.integers(GPT2_VOCABULARY, size=n_tokens[split]) for split in SPLITS})
+    n_tokens = {"train": RANDOM_TOKENS, "val": 2}
+    write_corpus(directory, tokenizer, {split: random.integers(GPT2_VOCABULARY, size=n_tokens[split])
+                                        for split in SPLITS})
 
 
-def with_spread(values, digits=0):
+def with_spread(values: Spread | None, digits: int = 0) -> str:
     """A spread as the table shows it: 'median (low to high)', or 'n/a'."""
     if values is None:
         return "n/a"
@@ -370,8 +380,8 @@ def with_spread(values, digits=0):
     return f"{median} ({low} to {high})"
 
 
-def rows_of(run, memory_is):
-    """One contender's (label, figure) rows."""
+def rows_of(run: dict, memory_is: str) -> Iterator[tuple[str, str]]:
+    """One contender's (label, value) rows."""
     mfu, peak, memory = run["mfu"], run["peak_flops"], run["peak_memory_bytes"]
     yield "number format", run["dtype"] + (", compiled" if run["compiled"] else ", not compiled")
     yield "parameters", f"{run['parameters']:,}"
@@ -384,12 +394,12 @@ def rows_of(run, memory_is):
     yield "decode tokens/s", with_spread(run["decode_tokens_per_second"])
 
 
-def table(result):
+def table(result: dict) -> str:
     """The result as aligned text."""
     cfg = result["config"]
     rows = [("", *result["runs"])]
     columns = [list(rows_of(run, result["memory_is"])) for run in result["runs"].values()]
-    rows += [(cells[0][0], *(figure for _, figure in cells)) for cells in zip(*columns)]
+    rows += [(cells[0][0], *(value for _, value in cells)) for cells in zip(*columns)]
     rows.append(("tokenize MB/s", with_spread(result["tokenize_mb_per_second"], 1)))
     if speedup := result["speedup"]:
         rows.append(("step, peer's time / ours", with_spread(speedup["step"], 2)))
@@ -404,41 +414,39 @@ def table(result):
         f"{result['warmup']}, decoding {result['decode_tokens']} tokens", "", *lines])
 
 
-def read_config(argv):
-    """(TrainConfig, problems, whether the data are random tokens) of `[CONFIG.py | gpt2…] [--field=value …]`."""
+def read_run(argv: list[str]) -> tuple[Values, Problems, bool]:
+    """(values, problems, whether to train on random tokens) of `[CONFIG.py | gpt2…] [--field=value …]`."""
     name, values, problems = read_command_line(argv)
     if name not in GPT2_SIZES:
         if name and not Path(name).exists() and not name.endswith(".py"):
             raise UserError(f"{name} is neither a config file nor one of {', '.join(GPT2_SIZES)}"
                             f"{nearest(name, GPT2_SIZES)}")
-        cfg, more = load_config(name, values, weights_shape)
-        return cfg, problems + more, False
-    cfg, more = build_config(GPT2_SIZES[name] | {"block_size": 1024, "run_name": name} | values)
-    return cfg, problems + more, "dataset" not in values
+        values, more = file_values(name, values)
+        return values, problems + more, False
+    return GPT2_SIZES[name] | {"block_size": 1024, "run_name": name} | values, problems, "dataset" not in values
 
 
-def main(argv):
+def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="bench.py", usage=f"python bench.py [CONFIG.py | {' | '.join(GPT2_SIZES)}] [--field=value ...]",
         description=HELP, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=number(int, low=1), default=20, help="steps that are timed (default 20)")
     parser.add_argument("--warmup", type=number(int, low=2), default=3, help="steps before, not timed (default 3)")
     parser.add_argument("--decode_tokens", type=number(int, low=0), default=100,
-                        help="length of the texts generated, each from one token; 0: none (default 100)")
+                        help="length of the texts generated from one token; 0: none (default 100)")
     parser.add_argument("--peer", metavar="PATH/model.py",
-                        help="a file with GPT and GPTConfig as in nanoGPT's model.py: it is executed, and timed by "
-                             "turns with ours in the same process, as nanoGPT trains (float32 off CUDA)")
+                        help="a file with GPT and GPTConfig as in nanoGPT's model.py: it is executed, and timed in "
+                             "turns with ours in the same process, trained as nanoGPT does (float32 off CUDA)")
     parser.add_argument("--peer_compile", action="store_true", help="torch.compile the peer too")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     args, rest = parser.parse_known_args(argv)
-    cfg, problems, random_data = read_config(rest)
+    values, problems, random_data = read_run(rest)
     if args.peer_compile and not args.peer:
         raise UserError("--peer_compile needs --peer PATH/model.py")
-    with redirect_stdout(sys.stderr):  # what is said on the way is no part of the result
+    with redirect_stdout(sys.stderr):  # what is printed on the way is not part of the result
         args.peer_module = load_peer(args.peer) if args.peer else None
         try:
-            with out_of_memory_as(out_of_memory_message(cfg)):
-                result = bench(cfg, problems, args, random_data)
+            result = bench(values, problems, args, random_data)
         except Diverged as error:
             print(f"error: {error}", file=sys.stderr)
             return 3

@@ -1,4 +1,4 @@
-"""A small GPT-2 on TinyShakespeare by GPT-2's own byte-level BPE: 50,257 symbols, 302 thousand tokens."""
+"""A small GPT-2 on TinyShakespeare in GPT-2's own byte-level BPE: 50,257 symbols, 302 thousand tokens."""
 
 dataset = "shakespeare"
 stride = 32

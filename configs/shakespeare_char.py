@@ -1,4 +1,4 @@
-"""The modern family at the size of the project's first experiment: TinyShakespeare by characters, 10 epochs."""
+"""The modern family at the size of the project's first experiment: TinyShakespeare as characters, 10 epochs."""
 
 dataset = "shakespeare_char"
 

@@ -1,17 +1,19 @@
 import json
 import re
-from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import assert_refused, run
+from helpers import CPU, assert_refused, run
 
 import bench
-from config import config_from_argv
-from device import peak_flops
-from errors import UserError
-from train_gpt2 import Trainer
+from core.config import build_config, read_values, resolve
+from core.corpus import open_corpus
+from core.dataset import TokenDataset, batches
+from core.preflight import check_run
+from core.trainer import Trainer
+from lib.cli import UserError
+from lib.device import peak_flops
 
 # A peer of our own: nanoGPT's constructor and calls around a bigram model. It talks, as peers do.
 PEER = """
@@ -56,10 +58,12 @@ def table_rows(text):
     return {cells[0]: cells[1:] for cells in (re.split(r"  +", line) for line in text.splitlines())}
 
 
-def close_trainer(tiny_args, tmp_path, name):
-    flags = [f"--out_dir={tmp_path}/checkpoints", f"--log_dir={tmp_path}/runs", f"--run_name={name}",
-             "--gradient_accumulation_steps=2", "--dropout=0.1"]
-    return closing(Trainer(config_from_argv([*tiny_args, *flags])[0]))
+def trainer_and_batches(tiny_args):
+    cfg = check_run(*read_values([*tiny_args, "--gradient_accumulation_steps=2", "--dropout=0.1"]))
+    corpus = open_corpus(cfg.dataset, cfg.data_dir)
+    data = TokenDataset(corpus.train, cfg.block_size)
+    cfg = resolve(cfg, len(data))
+    return Trainer(cfg, corpus.tokenizer.vocab_size), batches(data, cfg, 0, CPU)
 
 
 def test_json_beside_a_peer(tiny_args, tmp_path, peer):
@@ -69,15 +73,15 @@ def test_json_beside_a_peer(tiny_args, tmp_path, peer):
     result = json.loads(process.stdout)
     assert result["tokens_per_step"] == 2 * 4 * 32
     assert set(result["runs"]) == {"ours", "peer"}
-    for figures in result["runs"].values():
-        ms, rate = figures["ms_per_step"], figures["tokens_per_second"]
+    for metrics in result["runs"].values():
+        ms, rate = metrics["ms_per_step"], metrics["tokens_per_second"]
         assert 0 < ms["low"] <= ms["median"] <= ms["high"]
         assert rate["median"] * ms["median"] == pytest.approx(1000 * result["tokens_per_step"])
-        assert sum(figures["share"].values()) == pytest.approx(1)
-        assert set(figures["share"]) == {"data", "forward", "backward", "optimizer"}
-        assert all(share > 0 for share in figures["share"].values())
-        assert figures["dtype"] == "float32" and figures["compiled"] is False
-        assert 0 < figures["mfu"] < 1 and figures["peak_flops"] > 1e9
+        assert sum(metrics["share"].values()) == pytest.approx(1)
+        assert set(metrics["share"]) == {"data", "forward", "backward", "optimizer"}
+        assert all(share > 0 for share in metrics["share"].values())
+        assert metrics["dtype"] == "float32" and metrics["compiled"] is False
+        assert 0 < metrics["mfu"] < 1 and metrics["peak_flops"] > 1e9
     ours, beside = result["runs"]["ours"], result["runs"]["peer"]
     assert ours["peak_memory_bytes"] > 50e6 and beside["peak_memory_bytes"] is None
     assert ours["decode_tokens_per_second"]["median"] > 0 and beside["decode_tokens_per_second"] is None
@@ -108,22 +112,22 @@ def test_gpt2_size_on_random_tokens(capsys):
     assert rows["tokenize MB/s"] == rows["decode tokens/s"] == ["n/a"]
 
 
-def test_phases_end_where_they_say(tiny_args, tmp_path, monkeypatch):
+def test_phases_end_where_they_say(tiny_args, monkeypatch):
     """When a phase's end is marked its work is done, the next one's not begun."""
-    with close_trainer(tiny_args, tmp_path, "phases") as trainer:
-        ours, states = bench.Ours(trainer), []
-        weights = [p.detach().clone() for p in trainer.model.parameters()]
-        mark = bench.Contender.mark
+    trainer, steps = trainer_and_batches(tiny_args)
+    ours, states = bench.Ours(trainer, steps), []
+    weights = [p.detach().clone() for p in trainer.model.parameters()]
+    mark = bench.Contender.mark
 
-        def look(contender, phase):
-            grads = [p.grad for p in trainer.model.parameters()]
-            changed = any(not torch.equal(p, old) for p, old in zip(trainer.model.parameters(), weights))
-            first = float(grads[0].norm()) if all(grad is not None for grad in grads) else None
-            states.append((phase, first, changed))
-            mark(contender, phase)
+    def look(contender, phase):
+        grads = [p.grad for p in trainer.model.parameters()]
+        changed = any(not torch.equal(p, old) for p, old in zip(trainer.model.parameters(), weights))
+        first = float(grads[0].norm()) if all(grad is not None for grad in grads) else None
+        states.append((phase, first, changed))
+        mark(contender, phase)
 
-        monkeypatch.setattr(bench.Contender, "mark", look)
-        [seconds] = ours.run_steps(1)
+    monkeypatch.setattr(bench.Contender, "mark", look)
+    [seconds] = ours.run_steps(1)
     assert [phase for phase, _, _ in states] == [None, *["data", "forward", "backward"] * 2, "optimizer"]
     one, two = states[3][1], states[6][1]
     assert [grad for _, grad, _ in states] == [None, None, None, one, one, one, two, None]
@@ -132,20 +136,16 @@ def test_phases_end_where_they_say(tiny_args, tmp_path, monkeypatch):
     assert set(seconds) == set(bench.PHASES)
 
 
-def test_the_step_is_trainings(tiny_args, tmp_path):
-    weights = []
-    for name in ("timed", "plain"):
-        with close_trainer(tiny_args, tmp_path, name) as trainer:
-            if name == "timed":
-                bench.Ours(trainer).run_steps(3)
-            else:
-                for _, (x, y) in zip(range(3), trainer.batches()):
-                    trainer.optimizer_step(x, y)
-            weights.append(trainer.model.state_dict())
+def test_the_step_is_trainings(tiny_args):
+    (timed, steps), (plain, same_steps) = trainer_and_batches(tiny_args), trainer_and_batches(tiny_args)
+    bench.Ours(timed, steps).run_steps(3)
+    for step, batch in zip(range(3), same_steps):
+        plain.step(batch, step)
+    weights = [trainer.model.state_dict() for trainer in (timed, plain)]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
-def test_figures_of_known_times(monkeypatch):
+def test_metrics_of_known_times(monkeypatch):
     """Three steps of 1, 2 and 4 s on a card: rates, shares, ratio by hand; no MFU where the card is unknown."""
     def contender(*seconds):
         steps = [{"data": s / 8, "forward": s / 4, "backward": s / 2, "optimizer": s / 8} for s in seconds]
@@ -153,18 +153,18 @@ def test_figures_of_known_times(monkeypatch):
                                compiled=True, n_params=10, flops_per_token=989e9, decode_seconds=[2.0, 4.0, 8.0],
                                peak_memory=2**30)
 
-    cfg = config_from_argv(["--batch_size=5", "--gradient_accumulation_steps=2", "--block_size=100"])[0]
+    cfg, _ = build_config(dict(batch_size=5, gradient_accumulation_steps=2, block_size=100))
     ours, peer = contender(1.0, 2.0, 4.0), contender(3.0, 3.0, 4.0)
     for card, mfu in (("NVIDIA H100 80GB HBM3", 0.5), ("NVIDIA X1 Unheard-of", None)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, card=card: card)
-        figures = bench.figures(ours, cfg, 16)
-        assert figures["mfu"] == mfu
-        rows = dict(bench.rows_of(figures, "memory"))
+        metrics = bench.metrics(ours, cfg, 16)
+        assert metrics["mfu"] == mfu
+        rows = dict(bench.rows_of(metrics, "memory"))
         assert rows["MFU"] == ("n/a" if mfu is None else "50.0% of 989 TFLOP/s")
-    assert figures["ms_per_step"] == {"median": 2000, "low": 1500, "high": 3000}
-    assert figures["tokens_per_second"]["median"] == 500
-    assert figures["share"] == {"data": 1 / 8, "forward": 1 / 4, "backward": 1 / 2, "optimizer": 1 / 8}
-    assert figures["decode_tokens_per_second"]["median"] == 4
+    assert metrics["ms_per_step"] == {"median": 2000, "low": 1500, "high": 3000}
+    assert metrics["tokens_per_second"]["median"] == 500
+    assert metrics["share"] == {"data": 1 / 8, "forward": 1 / 4, "backward": 1 / 2, "optimizer": 1 / 8}
+    assert metrics["decode_tokens_per_second"]["median"] == 4
     assert rows["memory"] == "1,024 MiB"
     assert bench.speedups(ours, peer)["step"] == {"median": 1.5, "low": 1.25, "high": 2.25}
 

@@ -1,9 +1,24 @@
 from dataclasses import fields
 
 import pytest
-from conftest import ROOT, assert_refused, run
+from helpers import ROOT, assert_refused, run
 
-from config import TrainConfig, check_value, config_from_argv, load_config
+from core.config import MAX_STEPS, TrainConfig, build_config, check_value, file_values, read_values, resolve
+from lib.cli import UserError
+
+
+def config_from_argv(argv):
+    """(config, all problems) of a command line."""
+    values, problems = read_values(argv)
+    cfg, more = build_config(values)
+    return cfg, problems + more
+
+
+def load_config(path, **overrides):
+    """(config, all problems) of a file's values and others on top of them."""
+    values, problems = file_values(path, overrides)
+    cfg, more = build_config(values)
+    return cfg, problems + more
 
 
 def test_all_problems_are_reported_together(tmp_path):
@@ -19,7 +34,7 @@ def test_all_problems_are_reported_together(tmp_path):
     assert list(tmp_path.iterdir()) == [config]
 
 
-def test_command_line_forms_win_over_the_file(tmp_path):
+def test_flags_in_both_forms_override_the_file(tmp_path):
     config = tmp_path / "mine.py"
     config.write_text('"""A docstring."""\nn_layer = 3\nmax_iters = 40  # steps\nmin_lr = 4e-5\n')
     cfg, problems = config_from_argv([str(config), "--n_layer=7", "--dropout", "0.5", "--resume", "--bias=False",
@@ -93,19 +108,35 @@ def test_impossible_combinations(flags, words):
     assert any(words in problem for problem in problems), problems
 
 
-def test_weights_decide_their_shape():
-    def shape_of(cfg):
-        assert cfg.init_from == "x"
-        return dict(n_layer=5, n_head=3, n_embd=48, block_size=64), ["the data do not fit"]
+@pytest.mark.parametrize("fields, max_iters", [
+    (dict(max_iters=7), 7), (dict(epochs=3.0), 8), (dict(epochs=0.5), 2), (dict(max_iters=5, epochs=3.0), 5),
+    (dict(max_iters=50, epochs=3.0), 8), ({}, 3),
+])
+def test_run_length(fields, max_iters):
+    cfg = resolve(TrainConfig(batch_size=2, gradient_accumulation_steps=2, **fields), n_windows=10)
+    assert cfg.max_iters == cfg.lr_decay_iters == max_iters
+    assert (cfg.min_lr, cfg.stride, cfg.n_windows) == (1e-4, 128, 10)
 
-    cfg, problems = load_config(None, dict(init_from="x", stride=40, block_size=40), shape_of)
-    assert problems == ["the data do not fit"]
-    assert (cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.block_size, cfg.stride) == (5, 3, 48, 40, 40)
-    cfg, problems = load_config(None, dict(init_from="x", n_layer=5, n_head="a", n_embd=50, block_size=65), shape_of)
-    assert [problem.split()[0] for problem in problems] == ["n_head", "n_embd=50", "block_size=65", "the"]
-    cfg, problems = load_config(None, dict(init_from="x", n_head=5, beta1=2), lambda cfg: ({}, ["no such weights"]))
-    assert len(problems) == 2 and problems[1] == "no such weights"  # nothing is said of 5 heads in the default width
-    assert load_config(None, dict(n_layer=7), shape_of)[0].n_layer == 7
+
+def test_what_was_given_is_not_resolved_away():
+    given = dict(stride=7, max_iters=9, lr_decay_iters=5, min_lr=0.0, epochs=None, n_layer=3, run_name="x")
+    cfg = resolve(TrainConfig(**given), n_windows=1000)
+    assert {name: getattr(cfg, name) for name in given} == given
+
+
+def test_a_run_of_too_many_steps_is_refused():
+    assert resolve(TrainConfig(epochs=1.0, batch_size=1), n_windows=MAX_STEPS - 1).max_iters == MAX_STEPS - 1
+    with pytest.raises(UserError, match=r"epochs=1 is 100,000,000 steps, and a run has at most 99,999,999"):
+        resolve(TrainConfig(batch_size=1), n_windows=MAX_STEPS)
+
+
+@pytest.mark.parametrize("n_windows, sequences, max_iters", [(10, 4, 23), (10, 5, 7), (3, 8, 9), (7, 7, 5), (1, 1, 4)])
+def test_the_position_of_a_step_counts_the_steps_that_begin_in_its_epoch(n_windows, sequences, max_iters):
+    cfg = resolve(TrainConfig(batch_size=sequences, max_iters=max_iters), n_windows)
+    epochs = [sum(1 for end in range(n_windows, step * sequences + 1, n_windows)) for step in range(max_iters)]
+    for step, epoch in enumerate(epochs):
+        assert cfg.epoch_of(step) == epoch
+        assert cfg.position(step) == (epoch, epochs[: step + 1].count(epoch), epochs.count(epoch))
 
 
 def test_missing_config_file(tmp_path):

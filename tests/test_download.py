@@ -4,8 +4,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from download import download
-from errors import UserError
+from lib.cli import UserError
+from lib.download import Source, download, fetch_source
 
 BODY = bytes(range(256)) * 1000
 SHA256 = hashlib.sha256(BODY).hexdigest()
@@ -35,8 +35,8 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def visible(folder):
-    return [path for path in folder.iterdir() if path.name != ".lock"]
+def visible(directory):
+    return [path for path in directory.iterdir() if path.name != ".lock"]
 
 
 @pytest.fixture
@@ -73,13 +73,13 @@ def test_a_transient_failure_is_tried_again(server, tmp_path):
 def test_nothing_wrong_gets_the_name(server, tmp_path, name, tries, words):
     with pytest.raises(UserError) as error:
         download(f"{server.url}/{name}", tmp_path / "f", SHA256, backoff=0.01)
-    for word in (words, f"{server.url}/{name}", str(tmp_path / "f"), "configs/quickstart.py", SHA256):
+    for word in (words, f"{server.url}/{name}", str(tmp_path / "f"), "by hand", SHA256):
         assert word in str(error.value)
     assert len(server.requests) == tries and visible(tmp_path) == []
 
 
 def test_a_server_that_never_answers(server, tmp_path, monkeypatch):
-    monkeypatch.setattr("download.TIMEOUTS", (1, 0.1))
+    monkeypatch.setattr("lib.download.TIMEOUTS", (1, 0.1))
     with pytest.raises(UserError, match="Timeout"):
         download(server.url + "/silent", tmp_path / "f", SHA256, backoff=0.01)
     assert len(server.requests) == 3 and visible(tmp_path) == []
@@ -96,6 +96,12 @@ def test_what_is_there_already_is_checked_and_kept(tmp_path):
     (tmp_path / "d").mkdir()
     with pytest.raises(UserError, match="sha256 differs"):
         download("http://127.0.0.1:9/x", tmp_path / "f", SHA256)
-    with pytest.raises(UserError, match="is a folder"):
+    with pytest.raises(UserError, match="is a directory"):
         download("http://127.0.0.1:9/x", tmp_path / "d", SHA256)
     assert (tmp_path / "f").read_bytes() == b"mine"
+
+
+def test_a_source_has_its_place_under_the_data_directory(server, tmp_path):
+    source = Source(server.url + "/good", "gpt2/some.file", SHA256)
+    assert fetch_source(source, str(tmp_path)) == tmp_path / "downloads/gpt2/some.file"
+    assert (tmp_path / "downloads/gpt2/some.file").read_bytes() == BODY

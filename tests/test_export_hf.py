@@ -1,21 +1,22 @@
 """What is exported is opened by transformers: the same logits, the same ids, the same bits back."""
 
 import os
+import resource
 
 import pytest
 import torch
-from conftest import run
+from helpers import assert_refused, run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import export_hf
-import huggingface
 import sample
-from checkpoint import save_checkpoint
-from errors import UserError
+from core import huggingface
+from core.checkpoint import save_checkpoint
+from core.corpus import pydoc_text
+from core.tokenizer import CharTokenizer, GPT2Tokenizer
+from lib.cli import UserError
 from model import GPT, GPTConfig
-from prepare_data import pydoc_text
-from tokenizer import CharTokenizer, GPT2Tokenizer
 
 ODD = "é☃😀 \t\r\x85\u2028  <unk> I'm\n\n x'S"
 
@@ -32,9 +33,12 @@ def write_checkpoint(path, tokenizer, **shape):
     model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **shape)).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(path, {
-        "model_state_dict": model.state_dict(), "optimizer_state_dict": {}, "config": vars(model.config),
-        "vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.state(), "step": 3, "val_loss": None})
+        "model_state_dict": model.state_dict(), "optimizer_state_dict": {}, "scaler_state_dict": {},
+        "config": vars(model.config), "vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.state(),
+        "data_fingerprint": "", "epoch": 0, "step": 3, "val_loss": None, "best_val_loss": None, "best_step": None,
+        "evals_without_better": 0, "pending_losses": []})
     return model
 
 
@@ -49,8 +53,10 @@ def assert_opened_by_transformers(out, model, tokenizer, text):
     return theirs
 
 
-def assert_equal_weights(ours, model):
+def assert_loads_back(directory, model, tokenizer):
     """All bits but the rows that pad the vocabulary; biases that the model does not have are zeros."""
+    ours, our_tokenizer = huggingface.load(directory, "no data")
+    assert our_tokenizer.state() == tokenizer.state()
     there = dict(model.named_parameters())
     for name, value in ours.named_parameters():
         value = value[: model.config.vocab_size] if name in huggingface.VOCABULARY_ROWS else value
@@ -64,15 +70,11 @@ def test_characters(tmp_path, text, shape):
     assert export_hf.main(["--ckpt", str(tmp_path / "m.pt"), "--out", str(tmp_path / "a/out")]) is None
     theirs = assert_opened_by_transformers(tmp_path / "a/out", model, tokenizer, text)
     assert theirs.config.tie_word_embeddings == model.config.tie_weights
-    ours, again = huggingface.load(tmp_path / "a/out")
-    assert_equal_weights(ours, model)
-    assert again.state() == tokenizer.state()
+    assert_loads_back(tmp_path / "a/out", model, tokenizer)
     theirs.save_pretrained(tmp_path / "back")
     AutoTokenizer.from_pretrained(tmp_path / "a/out").save_pretrained(tmp_path / "back")
-    ours, again = huggingface.load(tmp_path / "back")  # ours -> theirs -> ours
-    assert_equal_weights(ours, model)
-    assert again.state() == tokenizer.state()
-    with pytest.raises(Exception, match="UNK"):  # no other character is taken for one of these
+    assert_loads_back(tmp_path / "back", model, tokenizer)  # ours -> theirs -> ours
+    with pytest.raises(Exception, match="UNK"):  # no other character is mistaken for one of these
         AutoTokenizer.from_pretrained(tmp_path / "back")("Ж")
 
 
@@ -84,15 +86,13 @@ def test_gpt2_bpe_as_a_process(tmp_path, text, downloads):
     assert "checkpoints/r/best.pt -> out" in process.stdout
     theirs = assert_opened_by_transformers(tmp_path / "out", model, tokenizer, text)
     assert theirs.transformer.wte.weight.shape == (50257, 16) and theirs.config.eos_token_id == 50256
-    ours, again = huggingface.load(tmp_path / "out")
-    assert_equal_weights(ours, model)
-    assert again.state() == tokenizer.state()
+    assert_loads_back(tmp_path / "out", model, tokenizer)
     assert sorted(os.listdir(tmp_path)) == ["checkpoints", "out"]
     assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "merges.txt", "model.safetensors",
                                                     "tokenizer_config.json", "vocab.json"]
 
 
-def test_sampling_from_an_exported_folder_is_sampling_from_the_checkpoint(tmp_path, capsys):
+def test_sampling_from_an_exported_directory_is_sampling_from_the_checkpoint(tmp_path, capsys):
     write_checkpoint(tmp_path / "m.pt", CharTokenizer("\nabc"))
     export_hf.main(["--ckpt", str(tmp_path / "m.pt"), "--out", str(tmp_path / "out")])
     texts = []
@@ -116,26 +116,21 @@ def test_what_cannot_be_exported_is_named(tmp_path):
     assert os.listdir(tmp_path) == ["m.pt"]
 
 
-def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
+def test_directories_that_cannot_be_written(tmp_path):
     write_checkpoint(tmp_path / "m.pt", CharTokenizer("abc"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full/x").write_text("mine")
     (tmp_path / "file").write_text("mine")
-    for out, words in (("full", "is there already"), ("file", "is there already"), ("file/out", "file"),
+    for out, words in (("full", "already exists"), ("file", "already exists"), ("file/out", "file"),
                        ("x" * 300, "name too long")):
         with pytest.raises(UserError, match=words):
             export_hf.main(["--ckpt", str(tmp_path / "m.pt"), "--out", str(tmp_path / out)])
     with pytest.raises(UserError, match=r"nosuch.pt"):
         export_hf.main(["--ckpt", str(tmp_path / "nosuch.pt"), "--out", str(tmp_path / "out")])
-
-    def full(*args, **options):
-        open("/dev/full", "wb", buffering=0).write(b"x")
-
-    monkeypatch.setattr(export_hf, "save_file", full)
-    with pytest.raises(UserError, match=r"cannot write .*out: No space left on device"):
-        export_hf.main(["--ckpt", str(tmp_path / "m.pt"), "--out", str(tmp_path / "out")])
+    process = run("export_hf.py", "--ckpt", "m.pt", "--out", "out", cwd=tmp_path,
+                  preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)))  # bytes a file may have
+    assert_refused(process, "cannot write out: ", "File too large")
     assert sorted(os.listdir(tmp_path)) == ["file", "full", "m.pt"]
-    monkeypatch.undo()
     (tmp_path / "out").mkdir()  # empty: it may be filled
     export_hf.main(["--ckpt", str(tmp_path / "m.pt"), "--out", str(tmp_path / "out")])
     assert load_file(tmp_path / "out/model.safetensors")["transformer.wte.weight"].shape == (3, 16)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from test_model import FAMILIES, make
+from helpers import CPU, FAMILIES, make_model
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -11,16 +11,21 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from inference import KVCache, PackedLinear, choose_tokens, prepare_for_inference
-
-CPU = torch.device("cpu")
+from core.inference import (
+    choose_tokens,
+    generate,
+    make_cache,
+    next_logits,
+    prepare_for_inference,
+    window_start,
+)
 
 
 def without_cache(model, tokens, n_new):
     """Greedy continuation that reads the whole window again for every token."""
     for _ in range(n_new):
         with torch.no_grad():
-            logits = model(tokens[:, model.window_start(tokens.size(1)) :])[0]
+            logits = model(tokens[:, window_start(tokens.size(1), model.config.block_size) :])[0]
         tokens = torch.cat((tokens, logits[:, -1].argmax(-1, keepdim=True)), dim=1)
     return tokens
 
@@ -28,52 +33,50 @@ def without_cache(model, tokens, n_new):
 @pytest.mark.parametrize("pos", ["learned", "sinusoidal", "rope"])
 @pytest.mark.parametrize("family", ["gpt2", "modern"])
 def test_greedy_text_with_cache_equals_without(family, pos):
-    model = make(family, pos=pos, block_size=64)
+    model = make_model(family, pos=pos, block_size=64)
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(3)  # near initialisation a text soon repeats itself
     idx = torch.randint(50, (2, 7))
     expected = without_cache(model, idx, 600)
     assert len(expected[0].unique()) > 5
-    assert torch.equal(model.generate(idx, 600, temperature=0), expected)
+    assert torch.equal(generate(model, idx, 600, temperature=0), expected)
 
 
 def test_window_is_the_whole_text_and_then_at_least_half_a_context():
-    model = make(block_size=16)
-    assert [model.window_start(n) for n in (1, 16, 17, 24, 25, 32, 33)] == [0, 0, 8, 8, 16, 16, 24]
-    assert [make(block_size=1).window_start(n) for n in (1, 2, 3)] == [0, 1, 2]
-    assert all(0 < n - make(block_size=5).window_start(n) <= 5 for n in range(1, 40))
+    assert [window_start(n, block_size=16) for n in (1, 16, 17, 24, 25, 32, 33)] == [0, 0, 8, 8, 16, 16, 24]
+    assert [window_start(n, block_size=1) for n in (1, 2, 3)] == [0, 1, 2]
+    assert all(0 < n - window_start(n, block_size=5) <= 5 for n in range(1, 40))
 
 
 @pytest.mark.parametrize("length", [15, 16, 17, 100])
 def test_a_prompt_of_any_length_is_continued(length):
-    model = make(block_size=16)
+    model = make_model(block_size=16)
     idx = torch.randint(50, (1, length))
-    assert torch.equal(model.generate(idx, 20, temperature=0), without_cache(model, idx, 20))
-    assert torch.equal(model.generate(idx, 0), idx)
+    assert torch.equal(generate(model, idx, 20, temperature=0), without_cache(model, idx, 20))
+    assert torch.equal(generate(model, idx, 0), idx)
 
 
 @pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_sample_is_the_same_among_others(family, prepared):
-    model = make(family)
+    model = make_model(family)
     if prepared:
         prepare_for_inference(model, CPU, torch.bfloat16)
     idx = torch.randint(50, (1, 5))
-    together = model.generate(idx, 40, num_samples=4, seed=7, temperature=2.0)
-    alone = [model.generate(idx, 40, seed=7 + i, temperature=2.0)[0] for i in range(4)]
+    together = generate(model, idx, 40, num_samples=4, seed=7, temperature=2.0)
+    alone = [generate(model, idx, 40, seed=7 + i, temperature=2.0)[0] for i in range(4)]
     assert torch.equal(together, torch.stack(alone))
     assert len({tuple(row.tolist()) for row in together}) == 4
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_static_cache_gives_the_same_text(family, monkeypatch):
+def test_a_static_cache_gives_the_same_text(family):
     """The graph itself needs CUDA; its cache, whose shapes never change, does not."""
-    monkeypatch.setattr("model.GraphedStep", lambda model, cache: model.step)
-    model = make(family)
+    model = make_model(family)
     idx = torch.randint(50, (2, 5))
     options = dict(max_new_tokens=40, num_samples=2, temperature=0.8)
-    assert torch.equal(model.generate(idx, cuda_graph=True, **options), model.generate(idx, **options))
+    assert torch.equal(generate(model, idx, static_cache=True, **options), generate(model, idx, **options))
 
 
 FILTERS = {
@@ -93,7 +96,7 @@ FILTERS = {
 @pytest.mark.parametrize("name", FILTERS)
 def test_samples_follow_the_filtered_distribution(name):
     options, processors = FILTERS[name]
-    model = make(vocab_size=12, tie_weights=False)
+    model = make_model(vocab_size=12, tie_weights=False)
     with torch.no_grad():
         model.lm_head.weight.mul_(10)
     idx = torch.tensor([[1, 2, 3, 4, 5, 6, 1]])
@@ -101,7 +104,7 @@ def test_samples_follow_the_filtered_distribution(name):
     assert 1 < logits.std() < 2 and logits[0, 1:7].min() < -0.5 < 0.5 < logits[0, 1:7].max()
     n = 10_000
     expected = n * LogitsProcessorList(processors)(idx, logits).softmax(-1)[0].double().numpy()
-    counts = np.bincount(model.generate(idx, 1, num_samples=n, **options)[:, -1], minlength=12)
+    counts = np.bincount(generate(model, idx, 1, num_samples=n, **options)[:, -1], minlength=12)
     assert (counts[expected == 0] == 0).all()
     chi_squared = ((counts - expected) ** 2 / np.maximum(expected, 1e-9))[expected > 0].sum()
     assert chi_squared < 35, (counts, expected)  # at most 11 degrees of freedom: p < 0.0003
@@ -116,26 +119,14 @@ def test_uniforms_at_the_ends_choose_tokens_that_are_left():
 
 
 def test_generation_leaves_the_mode_and_the_global_generator_alone():
-    model = make(dropout=0.5).train()
+    model = make_model(dropout=0.5).train()
     before = torch.get_rng_state()
-    model.generate(torch.tensor([[1]]), 3)
+    generate(model, torch.tensor([[1]]), 3)
     assert model.training and torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("width", [48, 3072])
-@pytest.mark.parametrize("rows", [1, 2, 7])
-def test_a_packed_layer_is_the_layer(rows, width):
-    """The kernel for a single row sums many columns in another order than the one for several."""
-    torch.manual_seed(0)
-    linear = torch.nn.Linear(width, width // 4)
-    x = torch.randn(1, rows, width)
-    packed = PackedLinear(linear)
-    assert torch.allclose(packed(x), linear(x), atol=1e-5)
-    assert torch.equal(packed(x)[:, :1], packed(x[:, :1]))
-
-
 def test_a_prepared_model_gives_the_same_logits():
-    model = make()
+    model = make_model()
     idx = torch.randint(50, (1, 16))
     with torch.no_grad():
         expected = model(idx)[0]
@@ -144,7 +135,7 @@ def test_a_prepared_model_gives_the_same_logits():
 
 def test_logits_with_much_in_common_keep_their_differences_in_bfloat16():
     """As GPT-2's do, which lie around -100."""
-    model = make(vocab_size=1030, tie_weights=False, n_embd=64)
+    model = make_model(vocab_size=1030, tie_weights=False, n_embd=64)
     idx = torch.randint(1030, (1, 16))
     with torch.no_grad():
         model.lm_head.weight.mul_(10).add_(-4 * model.transformer.ln_f(model.hidden(idx)[0, -1]))
@@ -155,10 +146,21 @@ def test_logits_with_much_in_common_keep_their_differences_in_bfloat16():
     assert wrong.abs().max() < 0.1 < (expected.bfloat16().float() - expected).abs().max()
 
 
-def test_a_full_cache_is_told():
-    model = make()
-    cache = KVCache(model.config, 1, CPU, torch.float32)
+def test_padding_of_the_vocabulary_is_never_generated():
+    model = make_model(vocab_size=1030)
     with torch.no_grad():
-        model.step(torch.zeros(1, 16, dtype=torch.int64), cache)
+        model.transformer.wte.weight[1030:] = 100.0
+    assert generate(model, torch.randint(1030, (3, 16)), 30, num_samples=2, temperature=50.0).max() < 1030
+
+
+def test_a_cache_takes_a_prompt_and_then_single_tokens_until_it_is_full():
+    model = make_model()
+    cache, tokens = make_cache(model, 1), torch.zeros(1, 16, dtype=torch.int64)
+    with torch.no_grad():
+        next_logits(model, tokens[:, :14], cache)
+        with pytest.raises(ValueError, match="one at a time"):
+            next_logits(model, tokens[:, :2], cache)
+        for _ in range(2):
+            next_logits(model, tokens[:, :1], cache)
         with pytest.raises(ValueError, match=r"16 \+ 1 tokens are over block_size 16"):
-            model.step(torch.zeros(1, 1, dtype=torch.int64), cache)
+            next_logits(model, tokens[:, :1], cache)

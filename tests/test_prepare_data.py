@@ -4,11 +4,11 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import assert_refused, run
+from helpers import assert_refused, run
 
-from dataset import read_corpus
-from errors import run_script
-from prepare_data import first_lines, main, pydoc_text
+from core.corpus import pydoc_text, read_corpus
+from lib.cli import run_script
+from prepare_data import first_lines, main
 
 OFFLINE = {"https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
 
@@ -66,7 +66,7 @@ def files(tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"abc\n caf\xe9 ole")
     many = "".join(map(chr, [*range(1, 0xD800), *range(0xE000, 0x13000)]))
     (tmp_path / "many.txt").write_text(many, encoding="utf-8")
-    (tmp_path / "folder").mkdir()
+    (tmp_path / "directory").mkdir()
 
 
 @pytest.mark.parametrize("args, words", [
@@ -74,7 +74,7 @@ def files(tmp_path):
     ("shakespear", ["unknown corpus", "did you mean shakespeare?"]),
     ("pydoc --input good.txt", ["name a corpus"]),
     ("--input nosuch.txt --name x", ["cannot read nosuch.txt"]),
-    ("--input folder --name x", ["folder is a folder"]),
+    ("--input directory --name x", ["directory is a directory"]),
     ("--input empty.txt --name x", ["is empty"]),
     ("--input latin.txt --name x", ["latin.txt", "not UTF-8", "0xe9", "offset 8"]),
     ("--input one.txt --name x", ["train split", "0 tokens"]),
@@ -102,6 +102,6 @@ def test_bad_input(tmp_path, monkeypatch, capsys, args, words):
 def test_without_network(tmp_path):
     process = run("prepare_data.py", "shakespeare", cwd=tmp_path, env=OFFLINE)
     assert_refused(process, "cannot download https://raw.githubusercontent.com", "by hand",
-                   "data/downloads/tinyshakespeare.txt", "configs/quickstart.py")
+                   "data/downloads/tinyshakespeare.txt", "(sha256 86c4e6aa9db7c042")
     assert list(tmp_path.glob("data/*")) == [tmp_path / "data/downloads"]
     assert [path.name for path in tmp_path.glob("data/downloads/*")] == [".lock"]

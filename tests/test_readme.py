@@ -1,11 +1,13 @@
-"""The README tells of what is there."""
+"""The README describes what exists."""
 
 import re
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+STORY = ["train_gpt2.py", "model.py", *(f"core/{name}.py" for name in (
+    "config", "corpus", "dataset", "trainer", "optim", "evaluation", "checkpoint"))]
 
 
 def test_every_config_has_its_row():
@@ -14,10 +16,15 @@ def test_every_config_has_its_row():
 
 
 def test_every_module_is_named():
-    for path in ROOT.glob("*.py"):
-        assert f"`{path.name}`" in README
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("core/*.py"), *ROOT.glob("lib/*.py")):
+        assert f"`{path.relative_to(ROOT)}`" in README or path.name == "__init__.py"
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"(?:configs|notes)/\w+\.(?:py|md)", README))))
+def test_the_story_path_is_named_in_order():
+    story = re.search(r"read these nine files in this order.*?\. A new", README, re.DOTALL)[0]
+    assert re.findall(r"`([\w/]+\.py)`", story) == STORY
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"(?:configs|notes|core|lib)/\w+\.(?:py|md)", README))))
 def test_named_files_exist(path):
     assert (ROOT / path).is_file()

@@ -11,37 +11,39 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, assert_refused, run
+from helpers import ROOT, assert_refused, run
 
-from checkpoint import load_checkpoint
-from errors import UserError
-from prepare_data import pydoc_text
+from core.checkpoint import load_checkpoint
+from core.corpus import pydoc_text
+from core.tokenizer import CharTokenizer, GPT2Tokenizer
+from lib.cli import UserError
 from sample import Continuation, main
-from tokenizer import CharTokenizer, GPT2Tokenizer
 
-BYTES = GPT2Tokenizer("#version: 0.2\n")  # GPT-2's tokenizer without merges: a token a byte
+BYTES = GPT2Tokenizer("#version: 0.2\n")  # GPT-2's tokenizer without merges: one token per byte
 UNBUFFERED_IS_UNSET = os.environ | {"PYTHONUNBUFFERED": ""}
 ID_OF_BYTE = {BYTES.bytes_of(id)[0]: id for id in range(256)}
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, data_dir):
-    """A folder with the scripts and one checkpoint, and nothing else."""
-    folder = tmp_path_factory.mktemp("alone")
+    """A directory with the scripts, what they import, one checkpoint, and nothing else."""
+    directory = tmp_path_factory.mktemp("alone")
     process = run("train_gpt2.py", "--dataset=tiny", f"--data_dir={data_dir}", "--n_layer=1", "--n_embd=32",
                   "--max_iters=60", "--block_size=32", "--learning_rate=1e-2", "--warmup_iters=5", "--run_name=r",
-                  "--sample_tokens=0", "--device=cpu", "--dtype=float32", cwd=folder)
+                  "--sample_tokens=0", "--device=cpu", "--dtype=float32", cwd=directory)
     assert process.returncode == 0, process.stderr
-    shutil.move(folder / "checkpoints/r/best.pt", folder / "model.pt")
-    shutil.rmtree(folder / "checkpoints")
-    shutil.rmtree(folder / "runs")
+    shutil.move(directory / "checkpoints/r/best.pt", directory / "model.pt")
+    shutil.rmtree(directory / "checkpoints")
+    shutil.rmtree(directory / "runs")
     for script in ROOT.glob("*.py"):
-        shutil.copy(script, folder)
-    return folder
+        shutil.copy(script, directory)
+    for package in ("core", "lib"):
+        shutil.copytree(ROOT / package, directory / package, ignore=shutil.ignore_patterns("__pycache__"))
+    return directory
 
 
-def sample(folder, *args):
-    return run(folder / "sample.py", *args, cwd=folder)
+def sample(directory, *args):
+    return run(directory / "sample.py", *args, cwd=directory)
 
 
 def test_a_checkpoint_is_enough_and_greedy_is_deterministic(alone):
@@ -133,11 +135,11 @@ def test_text_appears_as_it_is_made_and_ctrl_c_ends_it(alone):
     assert process.returncode == 130 and b"Traceback" not in errors
 
 
-def converse(folder, *turns):
+def converse(directory, *turns):
     """Run --interactive in a terminal: for each (what to wait for, what to type); (exit code, output)."""
     child, terminal = pty.fork()
     if child == 0:
-        os.chdir(folder)
+        os.chdir(directory)
         os.execv(sys.executable, [sys.executable, "sample.py", "--ckpt", "model.pt", "--interactive", "--seed", "7",
                                   "--max_new_tokens", "60000"])
     output, last = b"", b""
@@ -242,8 +244,8 @@ def test_impossible_flags_are_refused_with_their_range(args, words, capsys):
 
 @pytest.mark.parametrize("args, words", [
     (["--prompt", "snow ☃"], "'☃' at position 5"), (["--prompt", ""], "empty"), (["--prompt", "FILE:nosuch"], "nosuch"),
-    (["--prompt", "FILE:."], "folder"), (["--prompt", "\udcff"], "UTF-8"), (["--stop", ""], "--stop"),
-    (["--stop", "☃"], "--stop '☃'"), (["--score", ""], "is a folder"),
+    (["--prompt", "FILE:."], "is a directory"), (["--prompt", "\udcff"], "UTF-8"), (["--stop", ""], "--stop"),
+    (["--stop", "☃"], "--stop '☃'"), (["--score", ""], "is a directory"),
     (["--device", "tpu"], "tpu"), (["--dtype", "float16", "--device", "cpu"], "float16"),
     (["--ckpt", "nosuch.pt"], "nosuch.pt"), (["--ckpt", "model.py"], "model.py"),
 ])

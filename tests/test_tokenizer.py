@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-from errors import UserError
-from tokenizer import CharTokenizer, GPT2Tokenizer, ranks_from_merges, tokenizer_from_state
+from core.tokenizer import CharTokenizer, GPT2Tokenizer, ranks_from_merges, tokenizer_from_state
+from lib.cli import UserError
 
 TEXT = "To be, or not to be:\n\tthat is the question. Ünïcödé 你好 \U0001f600\U0001f600 é\u0301 \x00 12345  end \n\n"
 MERGES = "#version: 0.2\nĠ t\nh e\nĠt he\n"

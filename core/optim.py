@@ -1,11 +1,14 @@
-"""The optimizers and the learning rate's schedules."""
+"""The optimizers and the schedules of the learning rate."""
 
 import math
 
 import torch
+from torch import nn
+
+from core.config import ResolvedConfig
 
 
-def learning_rate_at(step, cfg):
+def learning_rate_at(step: int, cfg: ResolvedConfig) -> float:
     """Learning rate of optimizer step `step` (0 is the first): linear warmup, then cfg.lr_schedule down to min_lr.
 
     It grows from learning_rate / (warmup_iters + 1) to learning_rate at step warmup_iters, and is
@@ -26,36 +29,36 @@ def learning_rate_at(step, cfg):
 
 
 class MuonAndAdamW:
-    """Muon for the blocks' matrices and AdamW for all else, with what `Trainer` and GradScaler use of an optimizer."""
+    """Muon for the blocks' matrices and AdamW for the rest, with what a trainer and GradScaler use of an optimizer."""
 
-    def __init__(self, muon, adamw):
+    def __init__(self, muon: torch.optim.Optimizer, adamw: torch.optim.Optimizer) -> None:
         self.muon, self.adamw = muon, adamw
 
     @property
-    def param_groups(self):
+    def param_groups(self) -> list[dict]:
         return self.muon.param_groups + self.adamw.param_groups
 
     @property
-    def state(self):
+    def state(self) -> dict:
         return {**self.muon.state, **self.adamw.state}
 
-    def step(self):
+    def step(self) -> None:
         self.muon.step()
         self.adamw.step()
 
-    def zero_grad(self, set_to_none=True):
+    def zero_grad(self, set_to_none: bool = True) -> None:
         self.muon.zero_grad(set_to_none)
         self.adamw.zero_grad(set_to_none)
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
 
-    def load_state_dict(self, states):
+    def load_state_dict(self, states: dict) -> None:
         self.muon.load_state_dict(states["muon"])
         self.adamw.load_state_dict(states["adamw"])
 
 
-def make_optimizer(model, cfg, device):
+def make_optimizer(model: nn.Module, cfg: ResolvedConfig, device: torch.device) -> torch.optim.Optimizer | MuonAndAdamW:
     """The optimizer cfg names, with weight decay on matrices only.
 
     "adamw": Loshchilov & Hutter 2019, fused where the device has it. "muon": torch.optim.Muon (Jordan
@@ -74,21 +77,3 @@ def make_optimizer(model, cfg, device):
     muon = torch.optim.Muon(hidden, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, momentum=cfg.beta1,
                             adjust_lr_fn="match_rms_adamw")
     return MuonAndAdamW(muon, adamw)
-
-
-def update_unless(optimizer, bad):
-    """One update, left out where the bool scalar tensor `bad` is true, without making CUDA wait.
-
-    Fused AdamW reads found_inf on the device. Muon knows none: on CUDA it gets zeros for gradients.
-    """
-    parts = (optimizer.muon, optimizer.adamw) if isinstance(optimizer, MuonAndAdamW) else (optimizer,)
-    for part in parts:
-        if part.defaults.get("fused"):
-            part.found_inf = bad.float()
-            part.step()
-        elif bad.device.type == "cuda":
-            for p in (p for group in part.param_groups for p in group["params"]):
-                p.grad.masked_fill_(bad, 0)
-            part.step()
-        elif not bad:
-            part.step()

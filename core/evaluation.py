@@ -1,22 +1,25 @@
 """How well a model predicts a text: every token but the first, each exactly once."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from device import autocast
+from core.dataset import TokenDataset
+from lib.device import autocast
+from lib.kernels import IGNORE_INDEX
 
 
-def perplexity(loss):
+def perplexity(loss: float) -> float:
     """exp(loss in nats); inf where that is too large for a float."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures of one pass over a text: mean nats per token, its exponential, bits per byte of text."""
+    """Metrics of one pass over a text: mean nats per token, its exponential, bits per byte of text."""
 
     loss: float
     perplexity: float
@@ -24,23 +27,24 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model, dataset, batch_size, device, dtype=torch.float32):
-    """Evaluate `model` (a GPT, compiled or not) on a TokenDataset.
+def evaluate(model: Callable, dataset: TokenDataset, batch_size: int, device: torch.device,
+             dtype: torch.dtype = torch.float32) -> Evaluation:
+    """Evaluate `model`, a GPT, compiled or not, on a dataset that has a tokenizer.
 
     Every token but the first is predicted exactly once: where windows overlap, only the tokens that
-    the one before did not reach count. All batches have the first one's shape: the last is filled up
-    with windows whose targets are ignored.
+    the one before did not reach count. All batches have one shape: the last is padded with windows
+    whose targets are ignored.
     """
     was_training = model.training
     model.eval()
     losses, counts = [], []
     for start in range(0, len(dataset), batch_size):
-        x, y = dataset.__getitems__(range(start, min(start + batch_size, len(dataset))))
-        y[0 if start else 1 :, : dataset.block_size - dataset.stride] = -1
-        missing = batch_size - len(x) if start else 0
+        x, y = dataset.windows(range(start, min(start + batch_size, len(dataset))))
+        y[0 if start else 1 :, : dataset.block_size - dataset.stride] = IGNORE_INDEX
+        missing = batch_size - len(x)
         x = F.pad(x, (0, 0, 0, missing))
-        y = F.pad(y, (0, 0, 0, missing), value=-1)
-        counts.append(int((y >= 0).sum()))
+        y = F.pad(y, (0, 0, 0, missing), value=IGNORE_INDEX)
+        counts.append(int((y != IGNORE_INDEX).sum()))
         with autocast(device, dtype):
             losses.append(model(x.to(device), y.to(device))[1])
     model.train(was_training)

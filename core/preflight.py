@@ -1,0 +1,120 @@
+"""Every refusal that needs data, checkpoints or the machine: all at once, before anything is downloaded or made."""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from core import huggingface
+from core.checkpoint import STATE_FIELDS, check_same_data, peek, refuse_to_overwrite, then_and_now
+from core.config import SHAPE, Problems, TrainConfig, Values, build_config, check_value
+from core.corpus import CORPORA, fingerprint_of, read_meta, unknown_corpus_message
+from lib.cli import UserError
+from lib.device import choose_device, choose_dtype, dtype_name
+from lib.files import reason
+
+
+@contextmanager
+def collected(problems: Problems, where: str) -> Iterator[None]:
+    """Add what a UserError, or the error of an impossible path, says to `problems` and carry on after the block."""
+    try:
+        yield
+    except UserError as error:
+        problems += error.problems
+    except (OSError, ValueError) as error:
+        problems.append(f"{where}: {reason(error)}")
+
+
+def check_run(values: Values, problems: Problems) -> TrainConfig:
+    """The config of `values`, with its device, number format and compilation chosen.
+
+    The weights that the run starts from (its checkpoint's, or those of init_from) give the shape that `values`
+    leave open. UserError with `problems` and all others that can be known now.
+    """
+    problems = list(problems)
+    draft, _ = build_config(values)  # to find those weights by; a field with a problem has its default
+    path = saved = weights = None
+    with collected(problems, f"out_dir={draft.out_dir}"):
+        if draft.run_name is None:
+            pass  # its problem is among those of the fields below
+        elif draft.resume:
+            path, saved = peek(draft.run_dir)
+        else:
+            refuse_to_overwrite(draft.run_dir)
+    with collected(problems, f"init_from={draft.init_from}"):
+        if draft.init_from and not saved:
+            weights = huggingface.find(draft.init_from, draft.data_dir)
+    shape = vars(weights.config) if weights else saved["config"] if saved else {}
+    names = STATE_FIELDS if saved else SHAPE
+    shape = {name: shape[name] for name in names if name in shape and not check_value(name, shape[name])[1]}
+    cfg, invalid = build_config(shape | values, unknown=SHAPE if draft.init_from and not shape else ())
+    problems += invalid
+    if saved:
+        problems += state_changes(saved["config"], cfg, path)
+    if weights:
+        problems += shape_conflicts(values, shape, draft.init_from)
+    with collected(problems, f"data_dir={cfg.data_dir}"):
+        check_data(cfg, path, saved, weights)
+    machine = {}
+    with collected(problems, f"device={cfg.device}"):
+        machine = choose_machine(cfg)
+    if problems:
+        raise UserError(*problems)
+    return dataclasses.replace(cfg, **machine)
+
+
+def choose_machine(cfg: TrainConfig) -> dict[str, str]:
+    """Device, number format and whether to compile. UserError for what this machine does not have."""
+    device = choose_device(cfg.device)
+    wanted = {"auto": str(device.type == "cuda").lower()}.get(cfg.compile, cfg.compile)
+    return {"device": str(device), "dtype": dtype_name(choose_dtype(cfg.dtype, device)), "compile": wanted}
+
+
+def state_changes(saved: dict, cfg: TrainConfig, path: Path) -> Problems:
+    """That the run in `path` has other weights or moments than `cfg` asks for."""
+    return [f"{name} is {then!r} in {path} and {now!r} now: resume with --{name}={then}, or start another run with "
+            f"--run_name=NAME" for name, then, now in then_and_now(saved, cfg) if name in STATE_FIELDS]
+
+
+def shape_conflicts(values: Values, shape: dict, init_from: str) -> Problems:
+    """Which of the given `values` do not fit weights of this shape; a shorter context does."""
+    problems = []
+    for name, of_weights in shape.items():
+        value, invalid = check_value(name, values.get(name, of_weights))
+        if not invalid and (value > of_weights if name == "block_size" else value != of_weights):
+            problems.append(f"{name}={value} does not fit the weights of init_from={init_from}, which have "
+                            f"{name}={of_weights}: leave {name} out")
+    return problems
+
+
+def check_data(cfg: TrainConfig, path: Path | None, saved: dict | None,
+               weights: huggingface.Pretrained | None) -> None:
+    """UserError if cfg.dataset is unknown or damaged, or does not fit cfg, the checkpoint or the weights."""
+    directory = Path(cfg.data_dir) / cfg.dataset
+    if (directory / "meta.json").exists():
+        meta = read_meta(directory)
+        kind, vocab_size = meta["tokenizer"].get("kind"), meta["vocab_size"]
+        check_length(cfg, meta["splits"]["train"]["tokens"])
+        if saved:
+            check_same_data(path, saved, cfg.dataset, fingerprint_of(meta))
+    elif cfg.dataset in CORPORA:
+        kind, vocab_size = CORPORA[cfg.dataset][1], None  # known once it is prepared
+    else:
+        raise UserError(unknown_corpus_message(cfg.dataset, cfg.data_dir))
+    if weights and (kind != weights.tokenizer_kind or vocab_size not in (None, weights.config.vocab_size)):
+        raise UserError(vocabulary_message(cfg, weights))
+
+
+def check_length(cfg: TrainConfig, n_tokens: int) -> None:
+    """UserError if a training split of `n_tokens` tokens does not fill one window."""
+    if n_tokens <= cfg.block_size:
+        raise UserError(f"block_size={cfg.block_size} is over the data's length: {cfg.dataset} has {n_tokens} training "
+                        f"tokens, and a window takes {cfg.block_size + 1}")
+
+
+def vocabulary_message(cfg: TrainConfig, weights: huggingface.Pretrained) -> str:
+    """That cfg.dataset has another vocabulary than the weights."""
+    hint = "; shakespeare has it, and so does any data set prepared with prepare_data.py --tokenizer gpt2"
+    return (f"dataset={cfg.dataset} does not have the vocabulary of init_from={cfg.init_from} "
+            f"({weights.tokenizer_kind}, {weights.config.vocab_size:,} symbols): choose another data set"
+            f"{hint if weights.tokenizer_kind == 'gpt2' else ''}")

@@ -1,0 +1,141 @@
+"""Fast replacements of slow operations, each with the result of the plain form that its docstring names."""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE_INDEX = -1  # a target that counts in no loss
+QUERIES = 128  # that attention on a CPU takes at a time
+MAX_LOGITS = 2**27  # held at a time by linear_cross_entropy: half a GiB in float32
+
+
+def keep_mask(shape: torch.Size, dropout: float, device: torch.device) -> Tensor:
+    """Ones with probability 1 - dropout, else zeros, bfloat16, from the default generator: `bernoulli_`.
+
+    Sixteen random bits an element, compared in place and turned into the bits of 1.0: five times as fast
+    on a CPU. The probability is rounded to a multiple of 1 / 65536.
+    """
+    if torch.compiler.is_compiling():  # cannot view one dtype as another
+        return (torch.rand(shape, device=device) >= dropout).bfloat16()
+    n = math.prod(shape)
+    bits = torch.empty(-(-n // 4), dtype=torch.int64, device=device).random_(-(2**63), None).view(torch.int16)[:n]
+    threshold = round((1 - dropout) * 2**16) - 2**15
+    return bits.lt_(min(threshold, 2**15 - 1)).mul_(0x3F80).view(torch.bfloat16).view(shape)
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout, faster on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.p and x.device.type == "cpu":
+            return x * keep_mask(x.shape, self.p, x.device).to(x.dtype) * (1 / (1 - self.p))
+        return super().forward(x)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout) of (B, H, T, D).
+
+    PyTorch's kernel for CPUs computes in float32 inside. There bfloat16 products, QUERIES at a time
+    and without the keys after them, are two to five times as fast.
+    """
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.size(2) > 4 * QUERIES:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+    scale = q.size(-1) ** -0.5
+    q, k, values = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    if dropout:
+        values = values * (1 / (1 - dropout))
+    parts = []
+    for start in range(0, q.size(1), QUERIES):
+        end = min(start + QUERIES, q.size(1))
+        mask = torch.full((end - start, end), -math.inf, dtype=q.dtype).triu(start + 1)
+        weights = F.softmax(torch.baddbmm(mask, q[:, start:end], k[:, :end].transpose(1, 2), alpha=scale), dim=-1)
+        if dropout:
+            weights = weights * keep_mask(weights.shape, dropout, q.device)
+        parts.append(weights @ values[:, :end])
+    return torch.cat(parts, dim=1).view_as(v)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """F.cross_entropy of x @ weight.T, rows in chunks whose gradients are computed right away: no logits are kept.
+
+    The same products as the plain form, no recomputation (as in Liger Kernel, Hsu et al. 2024).
+    """
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor, targets: Tensor,
+                vocab_size: int, dtype: torch.dtype, wants_gradient: bool) -> Tensor:
+        rows = max(1, MAX_LOGITS // len(weight))
+        w, total = weight.to(dtype), torch.zeros((), device=x.device)
+        dx, dweight = [], torch.zeros_like(weight, dtype=torch.float32) if wants_gradient else None
+        for states, ids in zip(x.to(dtype).split(rows), targets.split(rows)):
+            logits = (states @ w.T).float()
+            logits[:, vocab_size:] = -math.inf
+            log_p = F.log_softmax(logits, dim=-1)
+            counts, ids = ids[:, None] != IGNORE_INDEX, ids[:, None].clamp(min=0)
+            total = total - (log_p.gather(1, ids) * counts).sum()
+            if wants_gradient:
+                # The gradient by the logits; divided by the number of targets later, which float16 may not hold.
+                dlogits = log_p.exp_().scatter_add_(1, ids, torch.full_like(ids, -1, dtype=torch.float32))
+                dlogits = (dlogits * counts).to(dtype)
+                dx.append(dlogits @ w)
+                dweight += dlogits.T @ states
+        n = (targets != IGNORE_INDEX).sum()
+        if wants_gradient:
+            ctx.save_for_backward(torch.cat(dx), dweight, n)
+            ctx.dtypes = x.dtype, weight.dtype
+        return total / n
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dweight, n = ctx.saved_tensors
+        share = gradient / n
+        return (dx.float() * share).to(ctx.dtypes[0]), (dweight * share).to(ctx.dtypes[1]), None, None, None, None
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """Mean cross-entropy in nats, float32, of the logits x @ weight.T; targets of IGNORE_INDEX do not count.
+
+    x (N, C), weight (V, C), targets int64 (N,); logits from vocab_size on (padding) count as -inf. The
+    products are in autocast's dtype where it is on.
+    """
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    # Asked here: inside a Function needs_input_grad is true under no_grad too, and gradients are never enabled.
+    wants_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return LinearCrossEntropy.apply(x, weight, targets, vocab_size, dtype, wants_gradient)
+
+
+class PackedLinear(nn.Module):
+    """nn.Linear for inference on CPUs, its weights in the order in which oneDNN's kernels read them.
+
+    With a few rows of input, as in decoding, it reads weights near the memory's full bandwidth, where a plain
+    layer is 2 to 4 times slower. An output row depends on its input row alone, bit for bit.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.out_features = linear.out_features
+        # Where a gradient is wanted, oneDNN takes other kernels.
+        self.bias = None if linear.bias is None else linear.bias.detach()
+        # The layout for 16 rows serves 1 and 1,000 as well.
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 16)
+        # The kernel for one row may sum in another order than the one for more.
+        rows = torch.arange(2.0 * linear.in_features).sin().view(2, -1).to(linear.weight.dtype)
+        self.min_rows = 1 if torch.equal(self.product(rows[:1]), self.product(rows)[:1]) else 2
+
+    @staticmethod
+    def is_available() -> bool:
+        return hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available()
+
+    def product(self, rows: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise.default(rows, self.weight, self.bias, "none", [], "")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in_features) -> (..., out_features)."""
+        rows = x.flatten(0, -2)
+        if len(rows) < self.min_rows:
+            return self.product(rows.expand(2, -1).contiguous())[:1].view(*x.shape[:-1], self.out_features)
+        return self.product(rows).view(*x.shape[:-1], self.out_features)
