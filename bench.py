@@ -84,7 +84,7 @@ def rates(amount: float, seconds: list[float]) -> Spread | None:
 class Contender:
     """A model and the training step that is timed, `step(x, y)` on the windows (x, y) of `batches`.
 
-    Subclasses set model, dtype, compiled, n_params, flops_per_token, generates, and call the model's forward through `timed`.
+    Subclasses set model, dtype, compiled, generates, n_params, flops_per_token, and call forward through `timed`.
     """
 
     def __init__(self, device: torch.device, batches: Iterable[Batch]) -> None:
