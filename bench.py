@@ -30,8 +30,9 @@ from core.corpus import SPLITS, Corpus, open_corpus, write_corpus
 from core.dataset import Batch, TokenDataset, batches
 from core.inference import generate, prepare_for_inference
 from core.preflight import check_length, check_run
+from core.report import out_of_memory_message
 from core.tokenizer import CharTokenizer
-from core.trainer import Diverged, Trainer, out_of_memory_message
+from core.trainer import Diverged, Trainer
 from lib.cli import UserError, nearest, number, run_script
 from lib.device import (
     Mark,

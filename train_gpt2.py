@@ -22,9 +22,9 @@ from core.corpus import CORPORA, open_corpus, prepare_text, read_texts
 from core.dataset import TokenDataset, batches
 from core.evaluation import Evaluation, evaluate
 from core.preflight import check_length, check_run, vocabulary_message
-from core.report import Report
+from core.report import Report, out_of_memory_message
 from core.tokenizer import Tokenizer
-from core.trainer import Diverged, Trainer, out_of_memory_message
+from core.trainer import Diverged, Trainer
 from lib.cli import UserError, run_script
 from lib.device import out_of_memory_as
 from lib.files import atomic_write, make_directory

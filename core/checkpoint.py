@@ -17,7 +17,7 @@ from core.config import FIELDS, SHAPE, ResolvedConfig, TrainConfig, check_value
 from core.corpus import Corpus
 from core.tokenizer import Tokenizer, tokenizer_from_state
 from core.trainer import Trainer
-from lib.cli import UserError, warn
+from lib.cli import UserError, first_line, warn
 from lib.device import is_out_of_memory
 from lib.files import atomic_write, lock_directory, make_directory, remove_temporaries
 from model import GPT, GPTConfig
@@ -102,7 +102,7 @@ def load_checkpoint(path: str | Path) -> dict:
     except OSError as error:
         raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from None
     except Exception as error:  # zipfile and torch.load meet damage with exceptions of a dozen types
-        raise UserError(f"checkpoint {path} is damaged, or not a checkpoint: {str(error).splitlines()[0]}") from None
+        raise UserError(f"checkpoint {path} is damaged, or not a checkpoint: {first_line(error)}") from None
     if not isinstance(content, dict):
         content = {}
     wrong = [key for key, kind in SCHEMA.items() if not isinstance(content.get(key, ...), kind)]
@@ -124,7 +124,7 @@ def load_model(path: str | Path) -> tuple[GPT, Tokenizer, dict]:
         model = GPT(GPTConfig.of(content["config"], tokenizer.vocab_size))
         model.load_state_dict(content["model_state_dict"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"the weights in {path} do not fit its config: {str(error).splitlines()[0]}") from None
+        raise UserError(f"the weights in {path} do not fit its config: {first_line(error)}") from None
     return model, tokenizer, content
 
 
@@ -242,7 +242,7 @@ class Run:
             if is_out_of_memory(error):
                 raise
             raise UserError(f"weights or moments in {path} do not fit its config: "
-                            f"{str(error).splitlines()[0]}") from None
+                            f"{first_line(error)}") from None
         progress = Progress(**{f.name: content[f.name] for f in dataclasses.fields(Progress)})
         progress.pending_losses = [torch.tensor(loss, device=trainer.device) for loss in progress.pending_losses]
         self.restored_from = path

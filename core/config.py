@@ -113,12 +113,6 @@ class ResolvedConfig(TrainConfig):
         """The epoch in which step `step` begins; both count from 0."""
         return step * self.sequences // self.n_windows
 
-    def position(self, step: int) -> tuple[int, int, int]:
-        """(epoch, step within it counted from 1, the epoch's steps in this run) of step `step`, counted from 0."""
-        epoch = self.epoch_of(step)
-        first, end = (math.ceil(e * self.n_windows / self.sequences) for e in (epoch, epoch + 1))
-        return epoch, step - first + 1, min(end, self.max_iters) - first
-
 
 def resolve(cfg: TrainConfig, n_windows: int) -> ResolvedConfig:
     """Complete `cfg` for an epoch of `n_windows` training windows. UserError for a run of too many steps."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from core.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, tokenizer_from_state
-from lib.cli import UserError, nearest
+from lib.cli import UserError
 from lib.download import Source, fetch_source
 from lib.files import atomic_write, lock_directory, read_text, sha256_of
 
@@ -110,12 +110,6 @@ def open_corpus(name: str, data_dir: str) -> Corpus:
         print(f"data set {name} is not prepared yet: preparing it")
         prepare_builtin(name, data_dir)
     return read_corpus(directory)
-
-
-def unknown_corpus_message(name: str, data_dir: str) -> str:
-    """That there is no data set `name`, and which there are."""
-    known = sorted({*CORPORA, *(path.parent.name for path in Path(data_dir).glob("*/meta.json"))})
-    return f"unknown dataset {name}{nearest(name, known)}: there are {', '.join(known)}; prepare_data.py makes others"
 
 
 def write_corpus(directory: Path, tokenizer: Tokenizer, ids: dict[str, np.ndarray]) -> None:

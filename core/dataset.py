@@ -62,9 +62,6 @@ class StepSampler(Sampler):
     def __init__(self, cfg: ResolvedConfig, start: int) -> None:
         self.cfg, self.start = cfg, start
 
-    def __len__(self) -> int:
-        return self.cfg.max_iters - self.start
-
     def __iter__(self) -> Iterator[np.ndarray]:
         n_windows, sequences = self.cfg.n_windows, self.cfg.sequences
         order, epoch_of_order = None, None
@@ -79,12 +76,7 @@ class StepSampler(Sampler):
             yield np.concatenate(picked)
 
 
-def as_fetched(batch: Batch) -> Batch:
-    """DataLoader's collate_fn: TokenDataset fetches whole batches."""
-    return batch
-
-
 def batches(dataset: TokenDataset, cfg: ResolvedConfig, start: int, device: torch.device) -> Iterable[Batch]:
     """The windows of each optimizer step, on the CPU, from step `start` (0 is the first) to the run's last."""
-    return DataLoader(dataset, batch_sampler=StepSampler(cfg, start), collate_fn=as_fetched,
-                      pin_memory=device.type == "cuda")
+    return DataLoader(dataset, batch_sampler=StepSampler(cfg, start), pin_memory=device.type == "cuda",
+                      collate_fn=lambda batch: batch)  # the dataset fetches whole batches

@@ -8,8 +8,8 @@ from pathlib import Path
 from core import huggingface
 from core.checkpoint import STATE_FIELDS, check_same_data, peek, refuse_to_overwrite, then_and_now
 from core.config import SHAPE, Problems, TrainConfig, Values, build_config, check_value
-from core.corpus import CORPORA, fingerprint_of, read_meta, unknown_corpus_message
-from lib.cli import UserError
+from core.corpus import CORPORA, fingerprint_of, read_meta
+from lib.cli import UserError, nearest
 from lib.device import choose_device, choose_dtype, dtype_name
 from lib.files import reason
 
@@ -100,7 +100,9 @@ def check_data(cfg: TrainConfig, path: Path | None, saved: dict | None,
     elif cfg.dataset in CORPORA:
         kind, vocab_size = CORPORA[cfg.dataset][1], None  # known once it is prepared
     else:
-        raise UserError(unknown_corpus_message(cfg.dataset, cfg.data_dir))
+        known = sorted({*CORPORA, *(meta.parent.name for meta in Path(cfg.data_dir).glob("*/meta.json"))})
+        raise UserError(f"unknown dataset {cfg.dataset}{nearest(cfg.dataset, known)}: there are {', '.join(known)}; "
+                        f"prepare_data.py makes others")
     if weights and (kind != weights.tokenizer_kind or vocab_size not in (None, weights.config.vocab_size)):
         raise UserError(vocabulary_message(cfg, weights))
 

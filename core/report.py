@@ -1,6 +1,7 @@
 """What a person sees of a run: the start table, progress lines, TensorBoard, the end."""
 
 import html
+import math
 import shlex
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from core.checkpoint import Progress, Run, step_path
+from core.config import ResolvedConfig, TrainConfig
 from core.evaluation import Evaluation, perplexity
 from core.inference import generate
 from core.optim import learning_rate_at
@@ -30,6 +32,21 @@ def duration(seconds: float) -> str:
     if seconds < 3600:
         return f"{seconds // 60} min {seconds % 60:02d} s"
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def out_of_memory_message(cfg: TrainConfig) -> str:
+    """What to lower, and how much it matters."""
+    return (f"out of memory with {cfg.batch_size} x {cfg.block_size} tokens in a forward pass: lower batch_size (the "
+            f"activations shrink in proportion; raise gradient_accumulation_steps by as much and the step stays the "
+            f"same), then block_size (likewise), then n_layer or n_embd={cfg.n_embd} (weights, gradients and moments "
+            f"take 16 bytes a parameter, and their number grows with n_layer and with n_embd squared)")
+
+
+def position(step: int, cfg: ResolvedConfig) -> tuple[int, int, int]:
+    """(epoch, step within it counted from 1, the epoch's steps in this run) of step `step`, counted from 0."""
+    epoch = cfg.epoch_of(step)
+    first, end = (math.ceil(e * cfg.n_windows / cfg.sequences) for e in (epoch, epoch + 1))
+    return epoch, step - first + 1, min(end, cfg.max_iters) - first
 
 
 class StepTimer:
@@ -122,7 +139,7 @@ class Report:
         if peak := peak_flops(trainer.device):
             scalars["perf/mfu"] = tokens_per_second * trainer.model.flops_per_token() / peak
         self.record(scalars)
-        epoch, step_in_epoch, steps_in_epoch = cfg.position(step - 1)
+        epoch, step_in_epoch, steps_in_epoch = position(step - 1, cfg)
         n_epochs = cfg.epoch_of(cfg.max_iters - 1) + 1
         print(f"epoch {epoch + 1}/{n_epochs} | step {step_in_epoch}/{steps_in_epoch} "
               f"({step_in_epoch / steps_in_epoch:.1%}) | loss {loss:.4f} | ppl {perplexity(loss):.2f} | lr {lr:.2e} "

@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.config import ResolvedConfig, TrainConfig
+from core.config import ResolvedConfig
 from core.dataset import Batch
 from core.optim import learning_rate_at, make_optimizer
+from lib.cli import first_line
 from lib.device import DTYPES, autocast, default_generator, is_out_of_memory
 from lib.kernels import IGNORE_INDEX
 from model import GPT, GPTConfig
@@ -16,14 +17,6 @@ from model import GPT, GPTConfig
 
 class Diverged(Exception):
     """A loss, gradient, weight or moment is no longer finite; the message says which, and at which step."""
-
-
-def out_of_memory_message(cfg: TrainConfig) -> str:
-    """What to lower, and by how much it matters."""
-    return (f"out of memory with {cfg.batch_size} x {cfg.block_size} tokens in a forward pass: lower batch_size (the "
-            f"activations shrink in proportion; raise gradient_accumulation_steps by as much and the step stays the "
-            f"same), then block_size (likewise), then n_layer or n_embd={cfg.n_embd} (weights, gradients and moments "
-            f"take 16 bytes a parameter, and their number grows with n_layer and with n_embd squared)")
 
 
 class Trainer:
@@ -51,7 +44,7 @@ class Trainer:
         except Exception as error:  # a compiler's failures have no common type
             if is_out_of_memory(error):
                 raise
-            self.compile_error = str(error).splitlines()[0]
+            self.compile_error = first_line(error)
             return self.model
         finally:
             self.optimizer.zero_grad(set_to_none=True)

@@ -27,6 +27,11 @@ class UserError(Exception):
         return f"{len(self.problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in self.problems)
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an exception's message, or its type where it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def warn(message: str) -> None:
     """Print a warning on stderr."""
     print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from lib.cli import UserError, warn
+from lib.cli import UserError, first_line, warn
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Dense bf16 (V100, T4: fp16) peak in FLOP/s from the vendors' data sheets, by whole words of the device's name.
@@ -54,7 +54,7 @@ def warn_of_unused_cuda() -> None:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
         if not re.search("no NVIDIA driver|No CUDA GPUs", str(error)):
-            warn(f"CUDA is not used: {str(error).splitlines()[0]}")
+            warn(f"CUDA is not used: {first_line(error)}")
 
 
 def check_card(device: torch.device) -> None:

@@ -130,15 +130,6 @@ def test_a_run_of_too_many_steps_is_refused():
         resolve(TrainConfig(batch_size=1), n_windows=MAX_STEPS)
 
 
-@pytest.mark.parametrize("n_windows, sequences, max_iters", [(10, 4, 23), (10, 5, 7), (3, 8, 9), (7, 7, 5), (1, 1, 4)])
-def test_the_position_of_a_step_counts_the_steps_that_begin_in_its_epoch(n_windows, sequences, max_iters):
-    cfg = resolve(TrainConfig(batch_size=sequences, max_iters=max_iters), n_windows)
-    epochs = [sum(1 for end in range(n_windows, step * sequences + 1, n_windows)) for step in range(max_iters)]
-    for step, epoch in enumerate(epochs):
-        assert cfg.epoch_of(step) == epoch
-        assert cfg.position(step) == (epoch, epochs[: step + 1].count(epoch), epochs.count(epoch))
-
-
 def test_missing_config_file(tmp_path):
     assert_refused(run("train_gpt2.py", "configs/nosuch.py", cwd=tmp_path), "configs/nosuch.py", "No such file")
 

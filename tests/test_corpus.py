@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from core.corpus import SPLITS, open_corpus, prepare_text, read_corpus, unknown_corpus_message, write_corpus
+from core.corpus import SPLITS, open_corpus, prepare_text, read_corpus, write_corpus
 from core.tokenizer import CharTokenizer
 from lib.cli import UserError
 
@@ -87,12 +87,6 @@ def test_a_built_in_data_set_is_prepared_once(tmp_path, monkeypatch, capsys):
         assert capsys.readouterr().out.startswith(line)
     with pytest.raises(UserError, match="other is not a prepared data set"):
         open_corpus("other", str(tmp_path))
-
-
-def test_unknown_data_sets_are_told_what_there_is(corpus_dir):
-    message = unknown_corpus_message("shakespere", str(corpus_dir.parent))
-    assert "unknown dataset shakespere (did you mean shakespeare?)" in message
-    assert "c, pydoc, shakespeare, shakespeare_char" in message
 
 
 def test_a_failed_write_leaves_the_old_data_set(corpus_dir):

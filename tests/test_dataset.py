@@ -62,7 +62,6 @@ def test_order_is_a_function_of_seed_and_step():
     whole = list(StepSampler(cfg, start=0))
     for start in (1, 7, 29):
         tail = list(StepSampler(cfg, start))
-        assert len(StepSampler(cfg, start)) == len(tail)
         assert np.array_equal(tail, whole[start:])
     assert not np.array_equal(whole, list(StepSampler(config(10, 4, 6, 30), start=0)))
 

@@ -13,7 +13,7 @@ from core.checkpoint import Progress, Run, step_checkpoints
 from core.config import TrainConfig, resolve
 from core.corpus import read_corpus
 from core.evaluation import Evaluation
-from core.report import Report, StepTimer, duration
+from core.report import Report, StepTimer, duration, position
 from core.trainer import Trainer
 
 
@@ -233,3 +233,12 @@ def test_a_full_disk_loses_events_but_not_the_run(tmp_path, data_dir, monkeypatc
     assert out.count("| loss ") == 400 and "finished at step 400" in out
     assert [path.name for path in step_checkpoints(tmp_path / "checkpoints/r")][-1] == "step_00000400.pt"
     assert 10 < len(scalars(tmp_path / "runs/r")["train/loss"]) < 400
+
+
+@pytest.mark.parametrize("n_windows, sequences, max_iters", [(10, 4, 23), (10, 5, 7), (3, 8, 9), (7, 7, 5), (1, 1, 4)])
+def test_the_position_of_a_step_counts_the_steps_that_begin_in_its_epoch(n_windows, sequences, max_iters):
+    cfg = resolve(TrainConfig(batch_size=sequences, max_iters=max_iters), n_windows)
+    epochs = [sum(1 for end in range(n_windows, step * sequences + 1, n_windows)) for step in range(max_iters)]
+    for step, epoch in enumerate(epochs):
+        assert cfg.epoch_of(step) == epoch
+        assert position(step, cfg) == (epoch, epochs[: step + 1].count(epoch), epochs.count(epoch))
