@@ -94,8 +94,9 @@ def test_everything_at_once(tmp_path):
 # The data
 
 def test_an_unknown_data_set(prepared):
-    assert_problems(refused("--dataset=shakespere"), "unknown dataset shakespere (did you mean shakespeare?): there are "
-                    "fox, pydoc, shakespeare, shakespeare_char; prepare_data.py makes others")
+    assert_problems(refused("--dataset=shakespere"),
+                    "unknown dataset shakespere (did you mean shakespeare?): there are fox, pydoc, shakespeare, "
+                    "shakespeare_char; prepare_data.py makes others")
 
 
 @pytest.mark.parametrize("name", ["pydoc", "shakespeare", "shakespeare_char"])
