@@ -23,12 +23,12 @@ GPT2_SIZES = {
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
 }
-LARGE_VOCABULARY = 1024  # from here on it is padded, and its loss computed in chunks
+LARGE_VOCABULARY = 1024  # from this size on it is padded, and its loss computed in chunks
 
 
 @dataclass
 class GPTConfig:
-    """Shape of a GPT; the defaults are GPT-2 124M. `vocab_size` is the tokenizer's, never a padded one."""
+    """Shape of a GPT; the defaults are GPT-2 124M. `vocab_size` is the tokenizer's, never padded."""
 
     vocab_size: int = 50257
     block_size: int = 1024
@@ -44,12 +44,12 @@ class GPTConfig:
 
     @classmethod
     def of(cls, values: dict, vocab_size: int) -> "GPTConfig":
-        """The config with this shape, from a dict that may hold other fields too (a training config)."""
+        """A GPTConfig from a dict that may hold other fields too (a training config)."""
         return cls(**{f.name: values[f.name] for f in fields(cls) if f.name != "vocab_size"}, vocab_size=vocab_size)
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding: large vocabularies are rounded up to 64, which matrix units multiply faster."""
+        """Rows of the embedding: large vocabularies are rounded up to a multiple of 64, which is faster."""
         return -(-self.vocab_size // 64) * 64 if self.vocab_size >= LARGE_VOCABULARY else self.vocab_size
 
 
@@ -57,14 +57,23 @@ class GPTConfig:
 class KVCache:
     """Keys and values of the tokens read so far, and where the next forward pass puts its own.
 
-    core/inference.py sets the places before each pass; attention only reads and writes them.
+    core/inference.py sets positions, length and mask before each pass; attention only uses them.
     """
 
     keys: Tensor  # (L, B, H, block_size, D)
     values: Tensor  # (L, B, H, block_size, D)
-    positions: slice | Tensor = field(default_factory=lambda: slice(0, 0))  # of this pass: a slice or int64 (T,)
-    length: int = 0  # keys attended to
-    mask: Tensor | None = None  # (T, length), which keys a token attends to; None: all up to its own
+    positions: slice | Tensor = field(default_factory=lambda: slice(0, 0))  # of this pass's tokens; int64 (T,)
+    length: int = 0  # number of keys attended to
+    mask: Tensor | None = None  # bool (T, length), the keys each token attends to; None: causal
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Take in a layer's k and v (B, H, T, D) of this pass; attention of q to all its keys, (B, H, T, D)."""
+        keys, values = self.keys[layer], self.values[layer]
+        keys[:, :, self.positions], values[:, :, self.positions] = k, v
+        keys, values = keys[:, :, : self.length], values[:, :, : self.length]
+        is_causal = self.mask is None and q.size(2) > 1
+        y = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, self.mask, is_causal=is_causal)
+        return y.to(q.dtype)
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
@@ -113,17 +122,9 @@ class CausalSelfAttention(nn.Module):
         if cache is None:
             y = causal_attention(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
         else:
-            y = self.attend_to_cache(q, k, v, cache.keys[layer], cache.values[layer], cache)
+            y = cache.attend(layer, q, k, v)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
-
-    def attend_to_cache(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, cache: KVCache) -> Tensor:
-        """Put k, v (B, H, T, D) into the layer's `keys`, `values` (B, H, block_size, D); attend to those there."""
-        keys[:, :, cache.positions], values[:, :, cache.positions] = k, v
-        keys, values = keys[:, :, : cache.length], values[:, :, : cache.length]
-        is_causal = cache.mask is None and q.size(2) > 1
-        y = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, cache.mask, is_causal=is_causal)
-        return y.to(q.dtype)
 
 
 class MLP(nn.Module):
@@ -204,8 +205,8 @@ class GPT(nn.Module):
         """Logits (B, T, V) of tokens idx, int64 (B, T), and their loss.
 
         The loss is the mean cross-entropy in nats, float32, over the targets, int64 (B, T), that are not
-        IGNORE_INDEX; None without targets. With targets and a large vocabulary the logits are never all
-        there at once, and None.
+        IGNORE_INDEX; None without targets. With targets and a large vocabulary the logits are None:
+        they are never all held at once.
         """
         x = self.hidden(idx)  # (B, T, C)
         if targets is not None and self.config.vocab_size >= LARGE_VOCABULARY:
@@ -224,7 +225,7 @@ class GPT(nn.Module):
         """
         T = idx.size(1)
         if self.config.block_size < T:
-            raise ValueError(f"{T} tokens are over block_size {self.config.block_size}")
+            raise ValueError(f"{T} tokens exceed block_size {self.config.block_size}")
         positions = slice(0, T) if cache is None else cache.positions
         x = self.transformer.wte(idx)  # (B, T, C)
         rotation = None
@@ -241,15 +242,15 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Logits (..., V) of states x (..., C), without the rows that pad the vocabulary."""
+        """Logits (..., V) of states x (..., C), without vocabulary padding."""
         return self.lm_head(x)[..., : self.config.vocab_size]
 
     def n_params(self) -> int:
-        """Number of parameters, without the position embedding (nanoGPT's count)."""
+        """Number of parameters, excluding the position embedding (nanoGPT's count)."""
         n_positions = self.transformer.wpe.weight.numel() if self.config.pos == "learned" else 0
         return sum(p.numel() for p in self.parameters()) - n_positions
 
     def flops_per_token(self) -> int:
-        """FLOP of forward and backward for one token: 6 a parameter, 12 L C T for attention (PaLM, appendix B)."""
+        """FLOP of forward and backward for one token: 6 per parameter, 12 L C T for attention (PaLM, appendix B)."""
         c = self.config
         return 6 * self.n_params() + 12 * c.n_layer * c.n_embd * c.block_size

@@ -4,8 +4,9 @@
     python prepare_data.py --input book.txt --name book --tokenizer gpt2
 """
 
-from core.corpus import CORPORA, prepare_text, read_texts
+from core.corpus import CORPORA, prepare_text
 from lib.cli import UserError, is_plain_name, nearest, number, run_script, script_parser
+from lib.files import read_text
 
 
 def first_lines(text: str, n_lines: int) -> str:
@@ -19,19 +20,19 @@ def first_lines(text: str, n_lines: int) -> str:
 
 
 def main(argv: list[str]) -> None:
+    builtin = ", ".join(CORPORA)
     parser = script_parser("prepare_data.py", __doc__)
-    parser.add_argument("corpus", nargs="?", metavar="NAME", help=f"one of {', '.join(CORPORA)}")
-    parser.add_argument("--input", nargs="+", metavar="FILE", help="your own UTF-8 text, files in order")
-    parser.add_argument("--name", help="the data set's name; needed unless NAME is prepared unchanged")
+    parser.add_argument("corpus", nargs="?", metavar="NAME", help=f"one of {builtin}")
+    parser.add_argument("--input", nargs="+", metavar="FILE", help="your own UTF-8 text files, in order")
+    parser.add_argument("--name", help="the data set's name; required unless NAME is prepared with its defaults")
     parser.add_argument("--tokenizer", choices=("char", "gpt2"), help="default: NAME's own; char for --input")
     parser.add_argument("--val_fraction", type=number(float, above=0, below=1),
-                        help="share of the text, at its end, to validate on (default 0.1)")
+                        help="final fraction of the text, to validate on (default 0.1)")
     parser.add_argument("--max_lines", type=number(int, low=1), help="use only the first N lines")
     parser.add_argument("--data_dir", default="data", help="default: data")
     args = parser.parse_args(argv)
-    builtin = ", ".join(CORPORA)
     if (args.corpus is None) == (args.input is None):
-        raise UserError(f"name a corpus ({builtin}), or --input FILE... with --name NAME")
+        raise UserError(f"give a corpus ({builtin}), or --input FILE... with --name NAME")
     if args.corpus and args.corpus not in CORPORA:
         raise UserError(f"unknown corpus {args.corpus}{nearest(args.corpus, CORPORA)}; there are {builtin}, and "
                         f"--input FILE... --name NAME for your own text")
@@ -39,8 +40,8 @@ def main(argv: list[str]) -> None:
     name = args.name or (args.corpus if not changed else None)
     if not name or not is_plain_name(name) or (changed and name in CORPORA):
         raise UserError(f"your own data set needs --name NAME, a plain directory name other than {builtin}")
-    text_of, tokenizer_kind = CORPORA.get(args.corpus, (None, "char"))
-    text = read_texts(args.input) if args.input else text_of(args.data_dir)
+    load_text, tokenizer_kind = CORPORA.get(args.corpus, (None, "char"))
+    text = "".join(map(read_text, args.input)) if args.input else load_text(args.data_dir)
     if args.max_lines:
         text = first_lines(text, args.max_lines)
     prepare_text(text, name, args.tokenizer or tokenizer_kind, args.data_dir, args.val_fraction or 0.1)

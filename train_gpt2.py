@@ -18,7 +18,7 @@ from torch import Tensor
 from core import huggingface
 from core.checkpoint import Progress, Run, newest_first
 from core.config import SHAPE, TrainConfig, build_config, file_values, help_text, read_values, resolve
-from core.corpus import CORPORA, open_corpus, prepare_text, read_texts
+from core.corpus import CORPORA, open_corpus, prepare_text
 from core.dataset import TokenDataset, batches
 from core.evaluation import Evaluation, evaluate
 from core.preflight import check_length, check_run, vocabulary_message
@@ -27,23 +27,23 @@ from core.tokenizer import Tokenizer
 from core.trainer import Diverged, Trainer
 from lib.cli import UserError, run_script
 from lib.device import out_of_memory_as
-from lib.files import atomic_write, make_directory
+from lib.files import atomic_write, make_directory, read_text
 from lib.signals import StopSignals
 from model import GPT
 
 
 @dataclasses.dataclass
 class Trained:
-    """What `train` leaves: the model, its training data, and how far it came."""
+    """What `train` returns: the model, its training data, and its progress."""
 
     model: GPT
     data: TokenDataset
     progress: Progress
-    signal: int | None  # that stopped the run early
+    signal: int | None  # the one that stopped the run early
 
 
 def train(cfg: TrainConfig) -> Trained:
-    """Train by a config that core.preflight.check_run gave; the run is saved, however it ends.
+    """Train with a config from core.preflight.check_run; a run that finishes or is stopped is saved.
 
     UserError for data, checkpoints or directories that do not fit; Diverged on a non-finite loss,
     gradient, weight or moment.
@@ -70,7 +70,7 @@ def train(cfg: TrainConfig) -> Trained:
                 with report.timer.paused():
                     if progress.step == cfg.max_iters or due(progress.step, cfg.eval_interval):
                         report.evaluation(validate(run, trainer, progress, val_data))
-                    signal = stop.received  # read once: one that comes later is for the next step
+                    signal = stop.received  # read once: a later one counts for the next step
                     ending = progress.finished(cfg) or signal
                     if ending or due(progress.step, cfg.checkpoint_interval):
                         run.save(trainer, progress, required=bool(ending))
@@ -92,12 +92,12 @@ def validate(run: Run, trainer: Trainer, progress: Progress, val_data: TokenData
         raise trainer.diverged(progress.step - 1, "validation loss")
     best = progress.best_val_loss, progress.best_step
     if progress.evaluated(result.loss) and not run.save(trainer, progress, "best.pt"):
-        progress.best_val_loss, progress.best_step = best  # the next better one will be the best
+        progress.best_val_loss, progress.best_step = best  # it is not on the disk
     return result
 
 
 def pretrained_weights(cfg: TrainConfig, tokenizer: Tokenizer) -> dict[str, Tensor]:
-    """The weights of init_from, a shorter context cut out of them. UserError if their vocabulary is another."""
+    """The weights of init_from, cut to block_size positions. UserError if the vocabularies differ."""
     weights = huggingface.find(cfg.init_from, cfg.data_dir)
     if tokenizer.vocabulary() != huggingface.load_tokenizer(weights, cfg.data_dir).vocabulary():
         raise UserError(vocabulary_message(cfg, weights))
@@ -109,7 +109,7 @@ def pretrained_weights(cfg: TrainConfig, tokenizer: Tokenizer) -> dict[str, Tens
 
 def train_model(config_path: str | None = None, data_path: str | None = None, epochs: float | None = None,
                 save_path: str | None = None, **fields: object) -> tuple[GPT, TokenDataset]:
-    """Train from Python: (model, training data), the data with its `tokenizer`.
+    """Train from Python; return (model, training data with its `tokenizer`).
 
     config_path: a config file. data_path: a UTF-8 text, prepared under its stem with the tokenizer of
     the config's own data set. epochs and other `fields` override the file. save_path: where the last
@@ -122,7 +122,7 @@ def train_model(config_path: str | None = None, data_path: str | None = None, ep
             raise UserError(*problems, *invalid)
         _, tokenizer_kind = CORPORA.get(draft.dataset, (None, "char"))
         values["dataset"] = Path(data_path).stem
-        prepare_text(read_texts([data_path]), values["dataset"], tokenizer_kind, draft.data_dir)
+        prepare_text(read_text(data_path), values["dataset"], tokenizer_kind, draft.data_dir)
     cfg = check_run(values, problems)
     trained = train(cfg)
     if save_path:

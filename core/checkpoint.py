@@ -19,7 +19,7 @@ from core.tokenizer import Tokenizer, tokenizer_from_state
 from core.trainer import Trainer
 from lib.cli import UserError, first_line, warn
 from lib.device import is_out_of_memory
-from lib.files import atomic_write, lock_directory, make_directory, remove_temporaries
+from lib.files import atomic_write, lock_directory, remove_temporaries
 from model import GPT, GPTConfig
 
 STEP_PATTERN = "step_" + "[0-9]" * 8 + ".pt"
@@ -31,15 +31,15 @@ SCHEMA = {
     "step": int, "val_loss": (float, NoneType), "best_val_loss": (float, NoneType), "best_step": (int, NoneType),
     "evals_without_better": int, "pending_losses": list,
 }
-# What weights and moments depend on: the same in a run and its continuation.
+# Fields that weights and moments depend on: a resumed run must keep them.
 STATE_FIELDS = (*SHAPE, "optimizer", "init_from")
-# What may differ between a run and its continuation without a word.
-PLACE_FIELDS = {"resume", "data_dir", "out_dir", "log_dir", "run_name"}
+# Fields that a resumed run may change silently.
+SILENT_FIELDS = {"resume", "data_dir", "out_dir", "log_dir", "run_name"}
 
 
 @dataclass
 class Progress:
-    """What a run remembers besides weights and moments."""
+    """A run's state besides weights and moments."""
 
     step: int = 0  # optimizer steps done
     val_loss: float | None = None
@@ -49,7 +49,7 @@ class Progress:
     pending_losses: list[Tensor] = field(default_factory=list)  # scalars, one per step since the last progress line
 
     def add(self, loss: Tensor) -> None:
-        """Count a step, which had this loss."""
+        """Record a step and its loss."""
         self.pending_losses.append(loss)
         self.step += 1
 
@@ -60,7 +60,7 @@ class Progress:
         return losses
 
     def evaluated(self, val_loss: float) -> bool:
-        """Count an evaluation; whether it is the best so far."""
+        """Record an evaluation; return whether it is the best so far."""
         self.val_loss = val_loss
         is_best = self.best_val_loss is None or val_loss < self.best_val_loss
         if is_best:
@@ -69,18 +69,18 @@ class Progress:
         return is_best
 
     def finished(self, cfg: ResolvedConfig) -> bool:
-        """Whether the run has done all its steps, or `patience` evaluations without a better loss."""
+        """Whether all steps are done, or `patience` evaluations in a row brought no better loss."""
         return self.step >= cfg.max_iters or 0 < cfg.patience <= self.evals_without_better
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
-    """Write `content`, tensors and primitives by the keys of SCHEMA, to `path`: whole, or not at all (OSError)."""
+    """Write `content` (tensors and primitives under the keys of SCHEMA) to `path` atomically; OSError if that fails."""
     assert content.keys() == SCHEMA.keys()
     try:
         with atomic_write(path) as [temporary], open(temporary, "wb") as file:
             torch.save(content, file)
     except RuntimeError as error:
-        if isinstance(error.__context__, OSError):  # torch.save wraps what writing the file met
+        if isinstance(error.__context__, OSError):  # torch.save hides the file's own error
             raise error.__context__ from None
         raise
 
@@ -97,11 +97,11 @@ def load_checkpoint(path: str | Path) -> dict:
         if damaged:
             raise UserError(f"checkpoint {path} is damaged (record {damaged})")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
     except OSError as error:
         raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from None
-    except Exception as error:  # zipfile and torch.load meet damage with exceptions of a dozen types
+    except Exception as error:  # damage raises a dozen exception types
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            raise
         raise UserError(f"checkpoint {path} is damaged, or not a checkpoint: {first_line(error)}") from None
     if not isinstance(content, dict):
         content = {}
@@ -109,7 +109,7 @@ def load_checkpoint(path: str | Path) -> dict:
     if "pending_losses" not in wrong and not all(isinstance(loss, float) for loss in content["pending_losses"]):
         wrong.append("pending_losses")
     if wrong:
-        raise UserError(f"{path} is not a checkpoint of this project: {', '.join(wrong)} missing or of a wrong type")
+        raise UserError(f"{path} is not a checkpoint of this project: {', '.join(wrong)} missing or of the wrong type")
     return content
 
 
@@ -124,6 +124,8 @@ def load_model(path: str | Path) -> tuple[GPT, Tokenizer, dict]:
         model = GPT(GPTConfig.of(content["config"], tokenizer.vocab_size))
         model.load_state_dict(content["model_state_dict"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"the weights in {path} do not fit its config: {first_line(error)}") from None
     return model, tokenizer, content
 
@@ -138,13 +140,13 @@ def step_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def newest_first(run_dir: Path) -> list[Path]:
-    """The run's step_*.pt files from newest to oldest, then best.pt, as far as they exist."""
+    """The run's step_*.pt files from newest to oldest, then best.pt; those that exist."""
     best = run_dir / "best.pt"
     return [*step_checkpoints(run_dir)[::-1], *([best] if best.exists() else [])]
 
 
 def load_newest(run_dir: Path) -> tuple[Path, dict] | tuple[None, None]:
-    """(path, content) of the run's newest whole checkpoint, with a warning for each damaged one passed over.
+    """(path, content) of the run's newest intact checkpoint, with a warning for each damaged one skipped.
 
     (None, None) when there are none. UserError when there are some and none is whole.
     """
@@ -153,14 +155,14 @@ def load_newest(run_dir: Path) -> tuple[Path, dict] | tuple[None, None]:
         try:
             return path, load_checkpoint(path)
         except UserError as error:
-            warn(f"{error}; trying the one before it")
+            warn(f"{error}; trying the previous one")
     if paths:
-        raise UserError(f"no checkpoint in {run_dir} is whole; start again with another --run_name")
+        raise UserError(f"no checkpoint in {run_dir} is intact; start a new run with another --run_name")
     return None, None
 
 
 def peek(run_dir: Path) -> tuple[Path, dict] | tuple[None, None]:
-    """(path, content) of the run's newest checkpoint that opens, memory-mapped: nothing is verified.
+    """(path, content) of the run's newest checkpoint that opens, memory-mapped and not verified.
 
     Its config and data_fingerprint have the types of SCHEMA; (None, None) if there is none.
     """
@@ -169,13 +171,13 @@ def peek(run_dir: Path) -> tuple[Path, dict] | tuple[None, None]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             if isinstance(content["config"], dict) and isinstance(content["data_fingerprint"], str):
                 return path, content
-        except Exception:  # damaged, in a dozen ways: load_newest reports it
+        except Exception:  # damaged: load_newest reports it
             continue
     return None, None
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The file that `path` means: itself, or in a run directory or a directory of them the most recently written."""
+    """The checkpoint `path`, or the most recently written one in a run directory or a directory of runs."""
     path = Path(path)
     if path.is_file():
         return path
@@ -187,15 +189,15 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def refuse_to_overwrite(run_dir: Path) -> None:
-    """UserError if the run has step checkpoints."""
-    if existing := step_checkpoints(run_dir):
+    """UserError if the run has checkpoints."""
+    if existing := newest_first(run_dir):
         raise UserError(f"{run_dir} already holds checkpoints: --resume continues from the newest "
-                        f"({existing[-1].name}), --run_name=NAME starts another run")
+                        f"({existing[0].name}), --run_name=NAME starts another run")
 
 
 def then_and_now(saved: dict, cfg: TrainConfig) -> list[tuple[str, object, object]]:
-    """(field, value then, value now) of each field that differs between a checkpoint's config and `cfg`."""
-    then = dataclasses.asdict(TrainConfig()) | saved  # a field that it lacks did not exist yet
+    """(field, saved value, current value) of each field in which `cfg` differs from a checkpoint's config."""
+    then = dataclasses.asdict(TrainConfig()) | saved  # fields it lacks are newer: they had their defaults
     return [(name, then[name], getattr(cfg, name)) for name in FIELDS if then[name] != getattr(cfg, name)]
 
 
@@ -216,11 +218,10 @@ class Run:
         self.changes: list[tuple[str, object, object]] = []  # fields that differ from the checkpoint restored
 
     def __enter__(self) -> "Run":
-        """UserError if another process trains there, or it has checkpoints and cfg.resume is not set."""
+        """UserError if another process is training there, or it has checkpoints and cfg.resume is not set."""
         with ExitStack() as stack:
-            lock = lock_directory(self.directory, f"another process is training in {self.directory}: wait until it "
-                                                  f"ends, or choose another --run_name")
-            stack.callback(lock.release)
+            stack.enter_context(lock_directory(self.directory, f"another process is training in {self.directory}: "
+                                                               f"wait until it ends, or choose another --run_name"))
             remove_temporaries(self.directory)
             if not self.cfg.resume:
                 refuse_to_overwrite(self.directory)
@@ -231,7 +232,7 @@ class Run:
         self._locked.close()
 
     def restore(self, trainer: Trainer) -> Progress | None:
-        """Load the newest whole checkpoint into `trainer`; its progress, or None if there is no checkpoint."""
+        """Load the newest intact checkpoint into `trainer`; its progress, or None if there is no checkpoint."""
         path, content = load_newest(self.directory)
         if path is None:
             return None
@@ -246,13 +247,14 @@ class Run:
         progress = Progress(**{f.name: content[f.name] for f in dataclasses.fields(Progress)})
         progress.pending_losses = [torch.tensor(loss, device=trainer.device) for loss in progress.pending_losses]
         self.restored_from = path
-        self.changes = [change for change in then_and_now(content["config"], self.cfg) if change[0] not in PLACE_FIELDS]
+        self.changes = [change for change in then_and_now(content["config"], self.cfg)
+                        if change[0] not in SILENT_FIELDS]
         return progress
 
     def save(self, trainer: Trainer, progress: Progress, name: str | None = None, required: bool = False) -> bool:
-        """Write a checkpoint, by default the step's own, and prune old ones; whether it is on the disk.
+        """Write a checkpoint, by default the step's own, and prune old ones; return whether it was written.
 
-        Where the disk does not take it, older ones stay: a warning, or a UserError if it is `required`.
+        If the disk refuses, older ones are kept: a warning, or a UserError if it is `required`.
         Diverged, and nothing is written, if a weight or moment is not finite.
         """
         trainer.check_state(progress.step)
@@ -264,14 +266,13 @@ class Run:
             "pending_losses": [float(loss) for loss in progress.pending_losses],
         }
         try:
-            make_directory(self.directory)
             save_checkpoint(path, content)
-            for old in step_checkpoints(self.directory)[: -self.cfg.keep_checkpoints]:
-                old.unlink()
         except OSError as error:
             warn(f"cannot save {path}: {error.strerror}; older checkpoints are kept")
             if required:
-                raise UserError(f"the last checkpoint could not be saved in {self.directory}; when there is room, "
-                                f"continue from the one before it with --resume") from None
+                raise UserError(f"the last checkpoint could not be saved in {self.directory}: free some space, then "
+                                f"continue from the previous one with --resume") from None
             return False
+        for old in step_checkpoints(self.directory)[: -self.cfg.keep_checkpoints]:
+            old.unlink()
         return True

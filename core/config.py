@@ -15,26 +15,26 @@ from lib.cli import UserError, describe, is_plain_name, is_valid, nearest, parse
 
 MAX_STEPS = 10**8  # checkpoint names have eight digits
 
-Values = dict[str, object]  # what a file or a command line says: {field: value}, not checked yet
+Values = dict[str, object]  # unchecked {field: value} from a file or a command line
 Problems = list[str]
 
 
-def knob(default: object, help: str, **limits: object) -> typing.Any:  # noqa: ANN401  (what a field is declared as)
+def knob(default: object, help: str, **limits: object) -> typing.Any:  # noqa: ANN401  (a dataclass field's type)
     """A dataclass field with its help line and the values it may take: `choices`, or bounds (lib.cli.BOUNDS)."""
     return field(default=default, metadata={"help": help, "limits": limits})
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training run as it was asked for. Lengths are in tokens, intervals in optimizer steps.
+    """A training run as requested. Lengths are in tokens, intervals in optimizer steps.
 
-    What is None follows from the data or from other fields: `resolve` makes a ResolvedConfig of it.
+    None means derived from the data or other fields: `resolve` fills those in.
     """
 
     # data
     dataset: str = knob("pydoc", "pydoc, shakespeare, shakespeare_char, or one made by prepare_data.py")
-    data_dir: str = knob("data", "where data sets are")
-    stride: int | None = knob(None, "tokens from one training window's start to the next; none: block_size", low=1)
+    data_dir: str = knob("data", "directory of the data sets")
+    stride: int | None = knob(None, "tokens between the starts of training windows; none: block_size", low=1)
     # model
     init_from: str | None = knob(None, "start from these weights and take their shape: gpt2, gpt2-medium, gpt2-large, "
                                        "gpt2-xl or a directory in Hugging Face's layout; none: random weights")
@@ -63,25 +63,25 @@ class TrainConfig:
     lr_schedule: str = knob("cosine", "shape of the decay; wsd: constant, then linear",
                             choices=("cosine", "linear", "wsd"))
     lr_decay_iters: int | None = knob(None, "step at which the decay reaches min_lr; none: the run's last", low=1)
-    decay_fraction: float = knob(0.2, "share of lr_decay_iters, at its end, over which wsd decays", above=0, below=1)
+    decay_fraction: float = knob(0.2, "final fraction of lr_decay_iters over which wsd decays", above=0, below=1)
     weight_decay: float = knob(0.1, "weight decay, on matrices only", low=0)
     beta1: float = knob(0.9, "AdamW's first decay rate, Muon's momentum", low=0, below=1)
     beta2: float = knob(0.99, "AdamW's second decay rate", low=0, below=1)
-    grad_clip: float = knob(1.0, "largest gradient norm; 0: no clipping", low=0)
+    grad_clip: float = knob(1.0, "clip the gradient norm to this; 0: off", low=0)
     # evaluation, logging, checkpoints
-    eval_interval: int = knob(250, "steps from one evaluation to the next", low=1)
+    eval_interval: int = knob(250, "steps between evaluations", low=1)
     eval_tokens: int | None = knob(None, "evaluate on the first N validation tokens; none: all of them", low=2)
     patience: int = knob(0, "stop after N evaluations without a better loss; 0: never", low=0)
     sample_tokens: int = knob(200, "length of the sample written at each evaluation; 0: none", low=0, below=2**20)
-    log_interval: int = knob(50, "steps from one progress line to the next", low=1)
-    checkpoint_interval: int = knob(250, "steps from one checkpoint to the next", low=1)
-    keep_checkpoints: int = knob(2, "newest checkpoints kept, besides the best", low=1)
+    log_interval: int = knob(50, "steps between progress lines", low=1)
+    checkpoint_interval: int = knob(250, "steps between checkpoints", low=1)
+    keep_checkpoints: int = knob(2, "newest checkpoints to keep, in addition to the best", low=1)
     # run
     run_name: str | None = knob(None, "name under out_dir and log_dir; none: the config file's stem")
-    out_dir: str = knob("checkpoints", "where runs keep their checkpoints")
-    log_dir: str = knob("runs", "where runs keep their TensorBoard events")
+    out_dir: str = knob("checkpoints", "directory for checkpoints")
+    log_dir: str = knob("runs", "directory for TensorBoard events")
     resume: bool = knob(False, "continue from the run's newest checkpoint")
-    seed: int = knob(1337, "seed of initialisation, data order and dropout", low=0, below=2**32)
+    seed: int = knob(1337, "seed for initialisation, data order and dropout", low=0, below=2**32)
     # machine
     device: str = knob("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = knob("auto", "number format of the forward pass",
@@ -95,13 +95,13 @@ class TrainConfig:
 
     @property
     def run_dir(self) -> Path:
-        """Where the run keeps its checkpoints."""
+        """The run's checkpoint directory."""
         return Path(self.out_dir) / self.run_name
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedConfig(TrainConfig):
-    """A training run with every length known."""
+    """A TrainConfig with every length and rate filled in."""
 
     stride: int
     max_iters: int
@@ -120,7 +120,7 @@ def resolve(cfg: TrainConfig, n_windows: int) -> ResolvedConfig:
     limits = [cfg.max_iters, epochs and math.ceil(epochs * n_windows / cfg.sequences)]
     max_iters = min(limit for limit in limits if limit)
     if max_iters >= MAX_STEPS:
-        raise UserError(f"epochs={epochs} is {max_iters:,} steps, and a run has at most {MAX_STEPS - 1:,}")
+        raise UserError(f"epochs={epochs} means {max_iters:,} steps; a run can have at most {MAX_STEPS - 1:,}")
     return ResolvedConfig(**asdict(cfg) | dict(
         max_iters=max_iters, stride=cfg.stride or cfg.block_size, n_windows=n_windows,
         lr_decay_iters=cfg.lr_decay_iters or max_iters,
@@ -130,7 +130,7 @@ def resolve(cfg: TrainConfig, n_windows: int) -> ResolvedConfig:
 
 FIELDS = {f.name: f for f in fields(TrainConfig)}
 TYPES = typing.get_type_hints(TrainConfig)
-# The fields that weights to start from decide.
+# Fields fixed by the weights a run starts from.
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "norm", "mlp", "pos", "tie_weights")
 # Conditions across fields: the fields, the test, the message when it fails.
 CROSS_CHECKS = [
@@ -141,9 +141,9 @@ CROSS_CHECKS = [
     (("n_embd", "pos"), lambda c: c.pos != "sinusoidal" or c.n_embd % 2 == 0,
      "pos=sinusoidal needs an even n_embd, not {n_embd}"),
     (("stride", "block_size"), lambda c: (c.stride or 1) <= c.block_size,
-     "stride={stride} is over block_size={block_size}: tokens between the windows would never be trained on"),
+     "stride={stride} exceeds block_size={block_size}: tokens between the windows would never be trained on"),
     (("min_lr", "learning_rate"), lambda c: (c.min_lr or 0) <= c.learning_rate,
-     "min_lr={min_lr} is over learning_rate={learning_rate}"),
+     "min_lr={min_lr} exceeds learning_rate={learning_rate}"),
     (("run_name",), lambda c: c.run_name is None or is_plain_name(c.run_name),
      "run_name={run_name!r} must be a plain directory name"),
     (("dataset",), lambda c: is_plain_name(c.dataset), "dataset={dataset!r} must be a plain directory name"),
@@ -161,7 +161,7 @@ def kind_of(name: str) -> tuple[type, bool]:
 
 
 def check_value(name: str, value: object) -> tuple[object, str | None]:
-    """(value in the field's type, None), or (None, what is wrong with it)."""
+    """(value as the field's type, None), or (None, the problem)."""
     kind, optional = kind_of(name)
     limits = FIELDS[name].metadata["limits"]
     if value is None and optional:
@@ -176,7 +176,7 @@ def check_value(name: str, value: object) -> tuple[object, str | None]:
 
 
 def parse_flag(name: str, text: str) -> object:
-    """The value that `text` spells for a field, or `text` itself where it spells none."""
+    """`text` parsed as the field's type, or unchanged if it cannot be."""
     kind, optional = kind_of(name)
     if optional and text.lower() == "none":
         return None
@@ -207,7 +207,7 @@ def read_config_file(path: str) -> tuple[Values, Problems]:
         try:
             values[name] = ast.literal_eval(statement.value)
         except (ValueError, TypeError, RecursionError):
-            problems.append(f"{where}: {name} must be a plain value: a number, text, True, False or None")
+            problems.append(f"{where}: {name} must be a plain value: a number, a string, True, False or None")
     return values, problems
 
 
@@ -219,7 +219,7 @@ def read_command_line(argv: Sequence[str]) -> tuple[str | None, Values, Problems
         token = tokens.pop(0)
         if not token.startswith("--"):
             if path is not None:
-                problems.append(f"unexpected argument {token!r}: the config file is {path} already")
+                problems.append(f"unexpected argument {token!r}: the config file is already {path}")
             path = path or token
             continue
         name, equals, value = token[2:].partition("=")
@@ -239,14 +239,14 @@ def read_command_line(argv: Sequence[str]) -> tuple[str | None, Values, Problems
 
 
 def read_values(argv: Sequence[str]) -> tuple[Values, Problems]:
-    """The values of a command line on top of those of its config file."""
+    """The command line's values, overriding those of its config file."""
     path, values, problems = read_command_line(argv)
     all_values, more = file_values(path, values)
     return all_values, problems + more
 
 
 def file_values(path: str | None, overrides: Values) -> tuple[Values, Problems]:
-    """`overrides` on top of a config file's values; run_name is the file's stem, or the data set's name."""
+    """A config file's values, updated by `overrides`; run_name defaults to the file's stem or the data set's name."""
     values, problems = read_config_file(path) if path else ({}, [])
     values |= overrides
     if values.get("run_name") is None:
@@ -255,7 +255,7 @@ def file_values(path: str | None, overrides: Values) -> tuple[Values, Problems]:
 
 
 def build_config(values: Values, unknown: Collection[str] = ()) -> tuple[TrainConfig, Problems]:
-    """The TrainConfig of `values`; a field with a problem keeps its default. Fields in `unknown` are not compared."""
+    """The TrainConfig of `values`; invalid fields keep their default. Checks that involve `unknown` fields are skipped."""
     checked = {name: check_value(name, value) for name, value in values.items()}
     problems = [problem for _, problem in checked.values() if problem]
     cfg = TrainConfig(**{name: value for name, (value, problem) in checked.items() if not problem})

@@ -6,7 +6,7 @@ holds the tokenizer and each split's sizes and sha256, and is written last.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,12 +38,12 @@ def pydoc_text(data_dir: str) -> str:
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        raise UserError("this Python comes without pydoc_data (the language reference): install your "
-                        "system's full Python, or use another data set") from None
+        raise UserError("this Python lacks pydoc_data (the language reference): install a full Python, "
+                        "or use another data set") from None
     return "".join(topics[key] for key in sorted(topics))
 
 
-# name: (text of the corpus, kind of tokenizer)
+# name: (function that returns the text, kind of tokenizer)
 CORPORA: dict[str, tuple[Callable[[str], str], str]] = {
     "pydoc": (pydoc_text, "char"),
     "shakespeare": (shakespeare_text, "gpt2"),
@@ -61,13 +61,8 @@ class Corpus:
     fingerprint: str  # sha256 over both splits and the tokenizer
 
 
-def read_texts(paths: Iterable[str | Path]) -> str:
-    """The UTF-8 texts of `paths` in order, with nothing between them. UserError for what is not text."""
-    return "".join(map(read_text, paths))
-
-
 def make_tokenizer(kind: str, text: str, data_dir: str) -> Tokenizer:
-    """A "char" tokenizer for `text`, or GPT-2's ("gpt2"), whose merges are downloaded if need be."""
+    """A "char" tokenizer for `text`, or GPT-2's ("gpt2"), whose merges are downloaded if needed."""
     if kind == "char":
         return CharTokenizer.from_text(text)
     return GPT2Tokenizer(read_text(fetch_source(BPE_MERGES, data_dir)))
@@ -76,7 +71,7 @@ def make_tokenizer(kind: str, text: str, data_dir: str) -> Tokenizer:
 def prepare_text(text: str, name: str, tokenizer_kind: str, data_dir: str, val_fraction: float = 0.1) -> None:
     """Split `text` by characters, encode it, write it as data set `name`, and print its sizes.
 
-    `tokenizer_kind`: "char" (the vocabulary is the whole text's) or "gpt2". UserError for a text that is too
+    `tokenizer_kind`: "char" (vocabulary from the whole text) or "gpt2". UserError for a text that is too
     short, or whose vocabulary does not fit uint16.
     """
     if not text:
@@ -84,12 +79,12 @@ def prepare_text(text: str, name: str, tokenizer_kind: str, data_dir: str, val_f
     cut = int(len(text) * (1 - val_fraction))
     tokenizer = make_tokenizer(tokenizer_kind, text, data_dir)
     if tokenizer.vocab_size > UINT16_IDS:
-        raise UserError(f"the text for {name} has {tokenizer.vocab_size:,} different characters; the .bin format "
+        raise UserError(f"the text for {name} has {tokenizer.vocab_size:,} distinct characters; the .bin format "
                         f"holds {UINT16_IDS:,}: use --tokenizer gpt2")
     ids = {"train": tokenizer.encode(text[:cut]), "val": tokenizer.encode(text[cut:])}
     for split in SPLITS:
         if len(ids[split]) < 2:
-            raise UserError(f"the {split} split of {name} has {len(ids[split])} tokens, training needs at least 2: "
+            raise UserError(f"the {split} split of {name} has {len(ids[split])} tokens; at least 2 are needed: "
                             f"use a longer text or another --val_fraction")
     directory = Path(data_dir) / name
     write_corpus(directory, tokenizer, ids)
@@ -97,18 +92,13 @@ def prepare_text(text: str, name: str, tokenizer_kind: str, data_dir: str, val_f
     print(f"{directory}: {tokenizer.kind} tokenizer, {tokenizer.vocab_size:,} symbols; {counts}", flush=True)
 
 
-def prepare_builtin(name: str, data_dir: str) -> None:
-    """Prepare one of CORPORA under `data_dir`."""
-    text_of, tokenizer_kind = CORPORA[name]
-    prepare_text(text_of(data_dir), name, tokenizer_kind, data_dir)
-
-
 def open_corpus(name: str, data_dir: str) -> Corpus:
-    """The data set `name`; one of CORPORA is prepared first if it is not there yet, with a line that says so."""
+    """Open data set `name`; a missing built-in one is prepared first, with a line that says so."""
     directory = Path(data_dir) / name
     if name in CORPORA and not (directory / "meta.json").exists():
         print(f"data set {name} is not prepared yet: preparing it")
-        prepare_builtin(name, data_dir)
+        load_text, tokenizer_kind = CORPORA[name]
+        prepare_text(load_text(data_dir), name, tokenizer_kind, data_dir)
     return read_corpus(directory)
 
 
@@ -176,8 +166,8 @@ def read_split(path: Path, expected: dict, vocab_size: int) -> np.ndarray:
     if path.stat().st_size != 2 * expected["tokens"]:
         raise UserError(f"{path} has {path.stat().st_size} bytes, not {2 * expected['tokens']}; {PREPARE_AGAIN}")
     if sha256_of(path) != expected["sha256"]:
-        raise UserError(f"{path} does not have the sha256 that meta.json gives; {PREPARE_AGAIN}")
+        raise UserError(f"{path} does not match its sha256 in meta.json; {PREPARE_AGAIN}")
     ids = np.memmap(path, dtype="<u2", mode="r")
     if ids.max() >= vocab_size:
-        raise UserError(f"{path} holds id {ids.max()}, over the vocabulary of {vocab_size}; {PREPARE_AGAIN}")
+        raise UserError(f"{path} holds id {ids.max()}, outside the vocabulary of {vocab_size}; {PREPARE_AGAIN}")
     return ids

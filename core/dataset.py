@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from core.config import ResolvedConfig
 from core.tokenizer import Tokenizer
@@ -42,41 +42,35 @@ class TokenDataset(Dataset):
         return x[0], y[0]
 
     def windows(self, indices: Sequence[int] | np.ndarray) -> Batch:
-        """The windows `indices` at once, (len(indices), block_size)."""
+        """The windows at `indices` as one batch, (len(indices), block_size) each."""
         positions = np.asarray(indices)[:, None] * self.stride + np.arange(self.block_size + 1)
         windows = self.tokens[np.minimum(positions, len(self.tokens) - 1)].astype(np.int64)
         windows[positions >= len(self.tokens)] = IGNORE_INDEX
         windows = torch.from_numpy(windows)
         return windows[:, :-1].clamp(min=0), windows[:, 1:].contiguous()
 
-    __getitems__ = windows  # DataLoader's name for it
+    __getitems__ = windows  # the name by which DataLoader fetches whole batches
 
 
-class StepSampler(Sampler):
-    """The indices of the windows of each optimizer step from `start` to the last.
+def window_order(cfg: ResolvedConfig, start: int) -> Iterator[np.ndarray]:
+    """The indices, int64 (sequences,), of the windows of each optimizer step from `start` to the last.
 
     The epochs' shuffled orders, laid end to end, are cut into steps, so a step may reach across the end of
     an epoch, and every epoch visits each window once.
     """
-
-    def __init__(self, cfg: ResolvedConfig, start: int) -> None:
-        self.cfg, self.start = cfg, start
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        n_windows, sequences = self.cfg.n_windows, self.cfg.sequences
-        order, epoch_of_order = None, None
-        for step in range(self.start, self.cfg.max_iters):
-            picked, position, end = [], step * sequences, (step + 1) * sequences
-            while position < end:
-                epoch, offset = divmod(position, n_windows)
-                if epoch != epoch_of_order:
-                    order, epoch_of_order = np.random.default_rng((self.cfg.seed, epoch)).permutation(n_windows), epoch
-                picked.append(order[offset : offset + end - position])
-                position += len(picked[-1])
-            yield np.concatenate(picked)
+    order, epoch_of_order = None, None
+    for step in range(start, cfg.max_iters):
+        picked, position, end = [], step * cfg.sequences, (step + 1) * cfg.sequences
+        while position < end:
+            epoch, offset = divmod(position, cfg.n_windows)
+            if epoch != epoch_of_order:
+                order, epoch_of_order = np.random.default_rng((cfg.seed, epoch)).permutation(cfg.n_windows), epoch
+            picked.append(order[offset : offset + end - position])
+            position += len(picked[-1])
+        yield np.concatenate(picked)
 
 
 def batches(dataset: TokenDataset, cfg: ResolvedConfig, start: int, device: torch.device) -> Iterable[Batch]:
     """The windows of each optimizer step, on the CPU, from step `start` (0 is the first) to the run's last."""
-    return DataLoader(dataset, batch_sampler=StepSampler(cfg, start), pin_memory=device.type == "cuda",
+    return DataLoader(dataset, batch_sampler=window_order(cfg, start), pin_memory=device.type == "cuda",
                       collate_fn=lambda batch: batch)  # the dataset fetches whole batches

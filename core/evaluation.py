@@ -1,7 +1,6 @@
 """How well a model predicts a text: every token but the first, each exactly once."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,12 +26,12 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: Callable, dataset: TokenDataset, batch_size: int, device: torch.device,
+def evaluate(model: torch.nn.Module, dataset: TokenDataset, batch_size: int, device: torch.device,
              dtype: torch.dtype = torch.float32) -> Evaluation:
     """Evaluate `model`, a GPT, compiled or not, on a dataset that has a tokenizer.
 
-    Every token but the first is predicted exactly once: where windows overlap, only the tokens that
-    the one before did not reach count. All batches have one shape: the last is padded with windows
+    Every token but the first is predicted exactly once: where windows overlap, a token counts only in
+    the first window that reaches it. All batches have one shape: the last is padded with windows
     whose targets are ignored.
     """
     was_training = model.training

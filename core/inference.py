@@ -55,7 +55,7 @@ def advance(cache: KVCache, T: int) -> None:
         return
     block_size = cache.keys.size(3)
     if cache.length + T > block_size:
-        raise ValueError(f"{cache.length} + {T} tokens are over block_size {block_size}")
+        raise ValueError(f"{cache.length} + {T} tokens exceed block_size {block_size}")
     if cache.length and T > 1:
         raise ValueError("a cache takes many tokens when it is empty, and then one at a time")
     cache.positions = slice(cache.length, cache.length + T)

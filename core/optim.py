@@ -1,4 +1,4 @@
-"""The optimizers and the schedules of the learning rate."""
+"""Optimizers and learning rate schedules."""
 
 import math
 
@@ -29,7 +29,7 @@ def learning_rate_at(step: int, cfg: ResolvedConfig) -> float:
 
 
 class MuonAndAdamW:
-    """Muon for the blocks' matrices and AdamW for the rest, with what a trainer and GradScaler use of an optimizer."""
+    """Muon for the blocks' matrices, AdamW for the rest, with the methods that Trainer and GradScaler use."""
 
     def __init__(self, muon: torch.optim.Optimizer, adamw: torch.optim.Optimizer) -> None:
         self.muon, self.adamw = muon, adamw
@@ -46,9 +46,9 @@ class MuonAndAdamW:
         self.muon.step()
         self.adamw.step()
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self.muon.zero_grad(set_to_none)
-        self.adamw.zero_grad(set_to_none)
+    def zero_grad(self) -> None:
+        self.muon.zero_grad()
+        self.adamw.zero_grad()
 
     def state_dict(self) -> dict:
         return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
@@ -67,7 +67,7 @@ def make_optimizer(model: nn.Module, cfg: ResolvedConfig, device: torch.device) 
     """
     hidden = [p for p in model.transformer.h.parameters() if p.dim() == 2] if cfg.optimizer == "muon" else []
     taken = set(hidden)
-    rest = [p for p in model.parameters() if p.requires_grad and p not in taken]
+    rest = [p for p in model.parameters() if p not in taken]
     groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": cfg.weight_decay},
               {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),

@@ -16,7 +16,7 @@ from lib.files import reason
 
 @contextmanager
 def collected(problems: Problems, where: str) -> Iterator[None]:
-    """Add what a UserError, or the error of an impossible path, says to `problems` and carry on after the block."""
+    """Append a UserError's problems, or a path error prefixed by `where`, to `problems` instead of raising."""
     try:
         yield
     except UserError as error:
@@ -28,18 +28,16 @@ def collected(problems: Problems, where: str) -> Iterator[None]:
 def check_run(values: Values, problems: Problems) -> TrainConfig:
     """The config of `values`, with its device, number format and compilation chosen.
 
-    The weights that the run starts from (its checkpoint's, or those of init_from) give the shape that `values`
-    leave open. UserError with `problems` and all others that can be known now.
+    The weights it starts from (its checkpoint's, or those of init_from) supply the shape fields that `values` omit.
+    UserError with `problems` and every further one that can be found now.
     """
     problems = list(problems)
-    draft, _ = build_config(values)  # to find those weights by; a field with a problem has its default
+    draft, _ = build_config(values)  # locates those weights; invalid fields have their defaults
     path = saved = weights = None
     with collected(problems, f"out_dir={draft.out_dir}"):
-        if draft.run_name is None:
-            pass  # its problem is among those of the fields below
-        elif draft.resume:
+        if draft.run_name and draft.resume:  # an invalid run_name is reported below
             path, saved = peek(draft.run_dir)
-        else:
+        elif draft.run_name:
             refuse_to_overwrite(draft.run_dir)
     with collected(problems, f"init_from={draft.init_from}"):
         if draft.init_from and not saved:
@@ -71,13 +69,13 @@ def choose_machine(cfg: TrainConfig) -> dict[str, str]:
 
 
 def state_changes(saved: dict, cfg: TrainConfig, path: Path) -> Problems:
-    """That the run in `path` has other weights or moments than `cfg` asks for."""
+    """Fields in which `cfg` contradicts the weights and moments saved in `path`."""
     return [f"{name} is {then!r} in {path} and {now!r} now: resume with --{name}={then}, or start another run with "
             f"--run_name=NAME" for name, then, now in then_and_now(saved, cfg) if name in STATE_FIELDS]
 
 
 def shape_conflicts(values: Values, shape: dict, init_from: str) -> Problems:
-    """Which of the given `values` do not fit weights of this shape; a shorter context does."""
+    """The `values` that contradict the weights' shape; a shorter context is allowed."""
     problems = []
     for name, of_weights in shape.items():
         value, invalid = check_value(name, values.get(name, of_weights))
@@ -102,7 +100,7 @@ def check_data(cfg: TrainConfig, path: Path | None, saved: dict | None,
     else:
         known = sorted({*CORPORA, *(meta.parent.name for meta in Path(cfg.data_dir).glob("*/meta.json"))})
         raise UserError(f"unknown dataset {cfg.dataset}{nearest(cfg.dataset, known)}: there are {', '.join(known)}; "
-                        f"prepare_data.py makes others")
+                        f"prepare_data.py creates others")
     if weights and (kind != weights.tokenizer_kind or vocab_size not in (None, weights.config.vocab_size)):
         raise UserError(vocabulary_message(cfg, weights))
 
@@ -110,12 +108,12 @@ def check_data(cfg: TrainConfig, path: Path | None, saved: dict | None,
 def check_length(cfg: TrainConfig, n_tokens: int) -> None:
     """UserError if a training split of `n_tokens` tokens does not fill one window."""
     if n_tokens <= cfg.block_size:
-        raise UserError(f"block_size={cfg.block_size} is over the data's length: {cfg.dataset} has {n_tokens} training "
-                        f"tokens, and a window takes {cfg.block_size + 1}")
+        raise UserError(f"block_size={cfg.block_size} is too long for the data: {cfg.dataset} has {n_tokens} training "
+                        f"tokens, and a window needs {cfg.block_size + 1}")
 
 
 def vocabulary_message(cfg: TrainConfig, weights: huggingface.Pretrained) -> str:
-    """That cfg.dataset has another vocabulary than the weights."""
+    """The message when cfg.dataset's vocabulary differs from the weights'."""
     hint = "; shakespeare has it, and so does any data set prepared with prepare_data.py --tokenizer gpt2"
     return (f"dataset={cfg.dataset} does not have the vocabulary of init_from={cfg.init_from} "
             f"({weights.tokenizer_kind}, {weights.config.vocab_size:,} symbols): choose another data set"

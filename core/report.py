@@ -17,7 +17,7 @@ from core.evaluation import Evaluation, perplexity
 from core.inference import generate
 from core.optim import learning_rate_at
 from core.trainer import Trainer
-from lib.cli import warn
+from lib.cli import UserError, warn
 from lib.device import device_name, mark, peak_flops, seconds_between
 from lib.files import make_directory
 
@@ -37,9 +37,9 @@ def duration(seconds: float) -> str:
 def out_of_memory_message(cfg: TrainConfig) -> str:
     """What to lower, and how much it matters."""
     return (f"out of memory with {cfg.batch_size} x {cfg.block_size} tokens in a forward pass: lower batch_size (the "
-            f"activations shrink in proportion; raise gradient_accumulation_steps by as much and the step stays the "
-            f"same), then block_size (likewise), then n_layer or n_embd={cfg.n_embd} (weights, gradients and moments "
-            f"take 16 bytes a parameter, and their number grows with n_layer and with n_embd squared)")
+            f"activations shrink in proportion; raise gradient_accumulation_steps by the same factor to keep the step "
+            f"unchanged), then block_size (likewise), then n_layer or n_embd={cfg.n_embd} (weights, gradients and "
+            f"moments take 16 bytes per parameter, and their number grows with n_layer and with n_embd squared)")
 
 
 def position(step: int, cfg: ResolvedConfig) -> tuple[int, int, int]:
@@ -50,7 +50,7 @@ def position(step: int, cfg: ResolvedConfig) -> tuple[int, int, int]:
 
 
 class StepTimer:
-    """Mean seconds per step, without what happens while it is paused."""
+    """Mean seconds per step, excluding pauses."""
 
     def __init__(self) -> None:
         self.restart()
@@ -70,13 +70,16 @@ class StepTimer:
 
 
 class Report:
-    """The lines and the TensorBoard events of one training process, while entered."""
+    """Prints and logs one training process; a context manager."""
 
     def __init__(self, run: Run, trainer: Trainer, progress: Progress) -> None:
         self.run, self.cfg, self.corpus, self.trainer, self.progress = run, run.cfg, run.corpus, trainer, progress
-        # TensorBoard drops what a killed process logged after the checkpoint: those steps come again.
         log_dir = make_directory(Path(run.cfg.log_dir) / run.cfg.run_name)
-        self.writer = SummaryWriter(log_dir, purge_step=progress.step + 1)
+        try:
+            # Drop what a killed process logged after its last checkpoint: those steps are repeated.
+            self.writer = SummaryWriter(log_dir, purge_step=progress.step + 1)
+        except OSError as error:
+            raise UserError(f"cannot write events in {log_dir}: {error.strerror}") from None
         self.events_lost = False
         self.timer = StepTimer()
         self.first_step, self.epoch_start = progress.step, mark(trainer.device)
@@ -88,7 +91,7 @@ class Report:
         self.attempt_event(self.writer.close)
 
     def start(self) -> None:
-        """Print where the run starts from, what it computes, on what, and how long it is."""
+        """Print where the run starts, its data, model, length and device."""
         run, cfg, corpus, trainer = self.run, self.cfg, self.corpus, self.trainer
         if run.restored_from:
             print(f"resumed from {run.restored_from} at step {self.progress.step}")
@@ -113,7 +116,7 @@ class Report:
             print("nothing to do: the run is finished; raise --max_iters, --epochs or --patience to continue")
 
     def step_done(self) -> None:
-        """Count a step; print the expected time once it can be known, and how long each epoch took."""
+        """Count a step; print the expected time once it can be estimated, and how long each epoch took."""
         self.timer.steps += 1
         cfg, step = self.cfg, self.progress.step
         if step == self.first_step + STEPS_BEFORE_ESTIMATE:
@@ -126,7 +129,7 @@ class Report:
             self.epoch_start = epoch_end
 
     def training(self) -> None:
-        """A progress line and scalars, with the mean loss over all micro-batches since the last one."""
+        """Print and log the mean loss over all micro-batches since the last progress line, with rates."""
         cfg, trainer, step = self.cfg, self.trainer, self.progress.step
         trainer.check_finite()
         losses = self.progress.take_losses()
@@ -147,7 +150,7 @@ class Report:
               flush=True)
 
     def evaluation(self, result: Evaluation) -> None:
-        """The metrics of an evaluation, how they compare with the best, and a sample for TensorBoard."""
+        """Print and log an evaluation, how it compares with the best, and a sample for TensorBoard."""
         progress = self.progress
         if progress.best_step == progress.step:
             best = "best so far"
@@ -163,7 +166,7 @@ class Report:
             self.attempt_event(self.writer.add_text, "samples", text, progress.step)
 
     def end(self) -> None:
-        """How the run ended; if it is finished a sample, and what to type next."""
+        """Print how the run ended; if it is finished also a sample, and what to type next."""
         run, cfg, progress = self.run, self.cfg, self.progress
         if not progress.finished(cfg):
             print(f"stopped after step {progress.step}, saved {step_path(run.directory, progress.step)}")
@@ -178,7 +181,7 @@ class Report:
               f"  tensorboard --logdir {shlex.quote(cfg.log_dir)}")
 
     def sample(self) -> str:
-        """sample_tokens tokens of text without a prompt; the same text for the same weights."""
+        """Generate sample_tokens tokens without a prompt, always the same for the same weights."""
         tokenizer = self.corpus.tokenizer
         start = torch.tensor([tokenizer.encode(tokenizer.start).tolist()], device=self.trainer.device)
         tokens = generate(self.trainer.model, start, self.cfg.sample_tokens, temperature=0.8, top_k=200,
@@ -186,10 +189,10 @@ class Report:
         return tokenizer.decode(tokens[0].tolist())
 
     def record(self, scalars: dict[str, float]) -> None:
-        """Write {tag: value} to TensorBoard at this step, and to the disk."""
+        """Log {tag: value} to TensorBoard at this step, and flush."""
         for tag, value in scalars.items():
             self.attempt_event(self.writer.add_scalar, tag, value, self.progress.step)
-        self.attempt_event(self.writer.flush)  # what is logged before a checkpoint must outlive a kill as it does
+        self.attempt_event(self.writer.flush)  # events before a checkpoint must survive a kill, as it does
 
     def attempt_event(self, action: Callable, *args: object) -> None:
         """Call a method of the TensorBoard writer; a full disk ends the events, not the run."""

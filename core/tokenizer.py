@@ -33,8 +33,8 @@ class CharTokenizer:
         if not self.itos or len(self.stoi) < len(self.itos) or any(len(char) != 1 for char in self.itos):
             raise ValueError("a character vocabulary is a list of distinct single characters")
         self.vocab_size = len(self.itos)
-        self.start = "\n" if "\n" in self.stoi else self.itos[0]  # what to continue when there is no prompt
-        self.end_of_text = None  # no token ends a text
+        self.start = "\n" if "\n" in self.stoi else self.itos[0]  # the default prompt
+        self.end_of_text = None  # no such token
         self.token_bytes = np.array([len(self.bytes_of(id)) for id in range(self.vocab_size)])
         self._points = code_points("".join(self.itos))
         self._ids = np.full(0x110000, UNKNOWN, dtype=np.int32)
@@ -87,7 +87,7 @@ class GPT2Tokenizer:
         self.token_bytes = np.array([len(token) for token in ranks] + [len(END_OF_TEXT)])
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of `text`, uint32 (tokens,). Names of special tokens in the text are plain text."""
+        """Ids of `text`, uint32 (tokens,). Names of special tokens are encoded as plain text."""
         return self._bpe.encode_to_numpy(text, disallowed_special=())
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from core.config import ResolvedConfig
 from core.dataset import Batch
@@ -20,7 +20,7 @@ class Diverged(Exception):
 
 
 class Trainer:
-    """A GPT with random weights by cfg.seed, and what makes it learn."""
+    """A GPT initialised from cfg.seed, with its optimizer and gradient scaler."""
 
     def __init__(self, cfg: ResolvedConfig, vocab_size: int) -> None:
         self.cfg = cfg
@@ -36,25 +36,25 @@ class Trainer:
         self.compile_error: str | None = None
         self.forward = self.compiled() if cfg.compile == "true" else self.model
 
-    def compiled(self) -> GPT:
-        """The compiled model, or the model as it is where compiling fails; compile_error then says why."""
+    def compiled(self) -> nn.Module:
+        """The compiled model, or the plain one if compiling fails (compile_error says why)."""
         model = torch.compile(self.model, dynamic=False)
         try:
             self.try_out(model)
-        except Exception as error:  # a compiler's failures have no common type
+        except Exception as error:  # compiler errors share no base class
             if is_out_of_memory(error):
                 raise
             self.compile_error = first_line(error)
             return self.model
         finally:
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad()
             self.model.train()
         return model
 
-    def try_out(self, model: GPT) -> None:
-        """Call a compiled model as steps and evaluations will, so that nothing is compiled later."""
+    def try_out(self, model: nn.Module) -> None:
+        """Call a compiled model as training and evaluation do, so that nothing is compiled later."""
         for training in (True, False):
-            # Two tensors: one passed twice would be compiled as a graph of its own.
+            # Two tensors: passing one twice would compile a different graph.
             x, y = (torch.zeros((self.cfg.batch_size, self.cfg.block_size), dtype=torch.int64, device=self.device)
                     for _ in range(2))
             self.model.train(training)
@@ -64,10 +64,10 @@ class Trainer:
                 loss.backward()
 
     def step(self, batch: Batch, step: int) -> Tensor:
-        """One update from the windows of optimizer step `step` (0 is the first); its loss, a float32 scalar.
+        """Do optimizer step `step` (0 is the first) on its windows; return its loss, a float32 scalar.
 
         The loss is the mean over all the step's targets, however they fall into micro-batches. Diverged,
-        before the update, if it or the gradient is not finite; on a GPU `check_finite` says so later.
+        before the update, if it or the gradient is not finite; on a GPU only the next `check_finite` raises it.
         """
         cfg = self.cfg
         # Dropout depends on (seed, step) alone, not on what ran before.
@@ -80,14 +80,14 @@ class Trainer:
         self.note_finite(loss, step)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         return loss
 
     def backward(self, batch: Batch) -> Tensor:
-        """Add up the gradients of a step's micro-batches; their loss."""
+        """Accumulate the gradients of a step's micro-batches; return their loss."""
         total = torch.zeros((), device=self.device)
         n_targets = int((batch[1] != IGNORE_INDEX).sum())
-        on_cuda = self.device.type == "cuda"  # whose batches are pinned; a copy to MPS has to be waited for
+        on_cuda = self.device.type == "cuda"  # only CUDA batches are pinned; copies to MPS must block
         for x, y in zip(*(part.split(self.cfg.batch_size) for part in batch)):
             share = int((y != IGNORE_INDEX).sum()) / n_targets
             x, y = (part.to(self.device, non_blocking=on_cuda) for part in (x, y))
@@ -100,10 +100,10 @@ class Trainer:
     def note_finite(self, loss: Tensor, step: int) -> None:
         """Remember `step` if it is the first with a non-finite loss or gradient.
 
-        Infinite gradients are how the gradient scaler finds its scale: it skips those updates itself.
+        The gradient scaler finds its scale by infinite gradients, and skips those updates itself.
         """
         finite = loss.isfinite() if self.scaler.is_enabled() else loss.isfinite() & self.grad_norm.isfinite()
-        # Not torch.where: it would copy the step's number to the device and wait.
+        # Not torch.where: it would copy `step` to the device and wait.
         self.first_bad_step.masked_fill_((self.first_bad_step < 0) & ~finite, step)
         if self.device.type == "cpu":
             self.check_finite()
@@ -114,7 +114,7 @@ class Trainer:
             raise self.diverged(int(self.first_bad_step), f"loss or gradient (norm {float(self.grad_norm):g})")
 
     def check_state(self, step: int) -> None:
-        """Diverged if a weight or a moment is not finite after `step` steps: finite gradients can do that, too."""
+        """Diverged if a weight or a moment is not finite after `step` steps, which finite gradients can cause too."""
         self.check_finite()
         moments = (value for state in self.optimizer.state.values() for value in state.values())
         if not all(bool(values.isfinite().all()) for values in (*self.parameters, *moments)):
@@ -126,12 +126,12 @@ class Trainer:
                         f"{learning_rate_at(step, self.cfg):g}")
 
     def state_dict(self) -> dict:
-        """Weights, moments and the gradient scaler's state, by their keys in a checkpoint."""
+        """Weights, moments and the gradient scaler's state, under their keys in a checkpoint."""
         return {"model_state_dict": self.model.state_dict(), "optimizer_state_dict": self.optimizer.state_dict(),
                 "scaler_state_dict": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take what `state_dict` gave; other keys are ignored."""
+        """Load what `state_dict` returned; other keys are ignored."""
         self.model.load_state_dict(state["model_state_dict"])
         self.optimizer.load_state_dict(state["optimizer_state_dict"])
         self.scaler.load_state_dict(state["scaler_state_dict"])

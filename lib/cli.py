@@ -5,13 +5,16 @@ import difflib
 import errno
 import io
 import math
+import operator
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-BOUNDS = {"low": ">=", "above": ">", "high": "<=", "below": "<"}
+BOUNDS = {"low": (">=", operator.ge), "above": (">", operator.gt), "high": ("<=", operator.le),
+          "below": ("<", operator.lt)}
+MAX_INT = 2**32  # in size; larger numbers are typing mistakes
 
 
 class UserError(Exception):
@@ -44,7 +47,7 @@ def run_script(main: Callable[[list[str]], int | None]) -> None:
     bug and keeps its traceback.
     """
     for stream in (sys.stdin, sys.stdout):
-        if isinstance(stream, io.TextIOWrapper):  # not None, as where it is closed
+        if isinstance(stream, io.TextIOWrapper):  # None if it was closed
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     try:
         if empty := [word for word in sys.argv[1:] if re.fullmatch(r"--\w+=--", word)]:
@@ -61,9 +64,9 @@ def run_script(main: Callable[[list[str]], int | None]) -> None:
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
-        # Keep Python from failing again at exit.
+        # Keep Python's flush at exit from failing again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0  # whoever read our output has gone (`| head`)
+        code = 0  # the reader is gone (`| head`)
         if error.errno == errno.ENOSPC:
             print(f"error: cannot write the output: {error.strerror}", file=sys.stderr)
             code = 2
@@ -82,7 +85,7 @@ def is_plain_name(name: str) -> bool:
 
 
 def parse_text(kind: type, text: str) -> object:
-    """The int, float or bool that `text` spells, or `text` itself where it spells none."""
+    """`text` parsed as int, float or bool, or unchanged if it cannot be."""
     try:
         return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
     except (KeyError, ValueError):
@@ -91,22 +94,19 @@ def parse_text(kind: type, text: str) -> object:
 
 def is_valid(value: object, kind: type, choices: tuple[str, ...] | None = None, **bounds: float) -> bool:
     """Whether `value` is of type `kind`, finite, one of `choices` and within `bounds` (keys of BOUNDS)."""
-    return type(value) is kind and (kind is not float or math.isfinite(value)) and all((
-        kind is not int or abs(value) <= 2**32,
-        "low" not in bounds or value >= bounds["low"],
-        "above" not in bounds or value > bounds["above"],
-        "high" not in bounds or value <= bounds["high"],
-        "below" not in bounds or value < bounds["below"],
-        choices is None or value in choices,
-    ))
+    return (type(value) is kind and (kind is not float or math.isfinite(value))
+            and (kind is not int or abs(value) <= MAX_INT) and (choices is None or value in choices)
+            and all(BOUNDS[key][1](value, limit) for key, limit in bounds.items()))
 
 
 def describe(kind: type, choices: tuple[str, ...] | None = None, **bounds: float) -> str:
-    """The valid values in words: 'an int >= 1', 'one of gelu, swiglu'."""
+    """The valid values in words: 'a finite float >= 0', 'one of gelu, swiglu'."""
     if choices:
         return "one of " + ", ".join(choices)
-    words = {int: "an int", float: "a finite float", str: "text", bool: "true or false"}[kind]
-    limits = [f"{BOUNDS[key]} {limit}" for key, limit in bounds.items()]
+    words = {int: "an int", float: "a finite float", str: "a string", bool: "true or false"}[kind]
+    if kind is int and not {"high", "below"} & bounds.keys():
+        bounds["high"] = MAX_INT
+    limits = [f"{BOUNDS[key][0]} {limit}" for key, limit in bounds.items()]
     return " ".join([words, " and ".join(limits)]).strip()
 
 

@@ -1,4 +1,4 @@
-"""Files from the network, checked by their sha256 before they get their name."""
+"""Downloads, checked by sha256 before they are renamed into place."""
 
 import re
 import time
@@ -12,7 +12,7 @@ from tqdm import tqdm
 from lib.cli import UserError
 from lib.files import atomic_write, lock_directory, sha256_of
 
-TIMEOUTS = (10, 30)  # seconds to connect, and between two pieces of data
+TIMEOUTS = (10, 30)  # seconds to connect, and between chunks
 ATTEMPTS = 3
 
 
@@ -24,14 +24,13 @@ class Source(NamedTuple):
     sha256: str
 
 
-def download(url: str, path: str | Path, sha256: str | None, backoff: float = 1.0) -> Path:
+def download(url: str, path: Path, sha256: str | None, backoff: float = 1.0) -> Path:
     """Make sure that `path` holds the file with this `sha256`, fetching it from `url` if it is missing.
 
     `sha256`: in hex, or None for the one the server reports, as Hugging Face's hub does; then a file
     that exists is used unchecked. Transient failures are retried after `backoff`, 2 * `backoff`, … seconds.
     UserError, with the URL and how to do it by hand, when the file cannot be fetched or is the wrong one.
     """
-    path = Path(path)
     by_hand = f"Fetch {url} by hand and put it at {path}{f' (sha256 {sha256})' if sha256 else ''}"
     if path.is_dir():
         raise UserError(f"{path} is a directory where a file should be; remove it. {by_hand}")
@@ -98,7 +97,7 @@ def sha256_by_server(url: str) -> str:
 
 
 def describe_wrong_file(path: Path, size: int | None) -> str:
-    """Why the file fetched to `path` cannot be the right one, in a few words; `size`: what the server announced."""
+    """Why the file fetched to `path` is wrong, in a few words; `size`: what the server announced."""
     with open(path, "rb") as file:
         start = file.read(256).lstrip().lower()
     if start.startswith((b"<!doctype html", b"<html")):

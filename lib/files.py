@@ -14,13 +14,12 @@ TEMPORARY_SUFFIX = ".tmp"
 
 
 def reason(error: Exception) -> str:
-    """What an OSError or ValueError about a path says, without the path."""
+    """The message of an OSError or ValueError about a path, without the path."""
     return getattr(error, "strerror", None) or str(error)
 
 
-def make_directory(path: str | Path) -> Path:
-    """Create the directory `path` if need be. UserError where that is impossible."""
-    path = Path(path)
+def make_directory(path: Path) -> Path:
+    """Create the directory `path` if needed. UserError if that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
@@ -28,11 +27,11 @@ def make_directory(path: str | Path) -> Path:
     return path
 
 
-def lock_directory(path: str | Path, if_taken: str | None = None) -> FileLock:
-    """An acquired lock on the directory `path` (created if need be), to release or to use in a `with`.
+@contextmanager
+def lock_directory(path: Path, if_taken: str | None = None) -> Iterator[None]:
+    """Hold a lock on the directory `path` (created if needed); it dies with its process.
 
-    It ends with its process, however that ends. While another process holds it: UserError with the
-    message `if_taken`, or a wait where there is none.
+    If another process holds it: UserError with the message `if_taken`, or wait if that is None.
     """
     lock = FileLock(make_directory(path) / ".lock")
     try:
@@ -41,15 +40,18 @@ def lock_directory(path: str | Path, if_taken: str | None = None) -> FileLock:
         raise UserError(if_taken) from None
     except OSError as error:
         raise UserError(f"cannot write in {path}: {error.strerror}") from None
-    return lock
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager
 def atomic_write(*paths: Path) -> Iterator[list[Path]]:
     """Yield a temporary path for each of `paths`, to be written; afterwards rename them into place, in this order.
 
-    The files reach the disk (fsync) before any is renamed. If the block raises, nothing is left behind and
-    what was at `paths` stays. All are in one directory. OSError where it cannot be written.
+    The files reach the disk (fsync) before any is renamed. If the block raises, the temporaries are removed and
+    `paths` stay unchanged. All must be in one directory. OSError if it cannot be written.
     """
     temporaries = [path.with_name(path.name + TEMPORARY_SUFFIX) for path in paths]
     try:
@@ -61,12 +63,12 @@ def atomic_write(*paths: Path) -> Iterator[list[Path]]:
     finally:
         for temporary in temporaries:
             temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # where directories can be opened: makes the renames survive a power cut
+    if os.name == "posix":  # directories can be opened there: makes the renames survive a power cut
         sync(paths[0].parent)
 
 
 def sync(path: Path) -> None:
-    """Make the content of a file, or a directory's renames, reach the disk."""
+    """fsync a file's content, or a directory's renames."""
     handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -75,12 +77,12 @@ def sync(path: Path) -> None:
 
 
 def remove_temporaries(directory: Path) -> None:
-    """Delete what a killed process was writing in `directory`."""
+    """Delete temporary files that a killed process left in `directory`."""
     for path in directory.glob("*" + TEMPORARY_SUFFIX):
         path.unlink()
 
 
-def sha256_of(path: str | Path) -> str:
+def sha256_of(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -242,7 +242,7 @@ def test_checkpoints_without_a_key_or_with_a_value_of_a_wrong_type(tmp_path, sav
         result, said = attempt(resume)
         assert result == "fine" and f"resumed from {older} at step 8" in said and str(path) in said, said
         assert load_checkpoint(path)["step"] == 12
-    print(f"\ncheckpoints with a key missing or of a wrong type: {n_cases} of {n_cases} refused by name")
+    print(f"\ncheckpoints with a key missing or of the wrong type: {n_cases} of {n_cases} refused by name")
 
 
 def test_fuzzed_command_lines_as_processes(tmp_path, data_dir):

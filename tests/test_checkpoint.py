@@ -77,7 +77,7 @@ def test_each_key_of_the_schema_is_refused_by_name(tmp_path, capsys, key, value)
         del wrong[key]
     path = step_path(tmp_path, 2)
     torch.save(wrong, path)
-    message = f"{path} is not a checkpoint of this project: {key} missing or of a wrong type"
+    message = f"{path} is not a checkpoint of this project: {key} missing or of the wrong type"
     with pytest.raises(UserError) as refused:
         load_checkpoint(path)
     assert str(refused.value) == message
@@ -111,7 +111,7 @@ def test_damage_is_found_and_the_one_before_is_taken(tmp_path, capsys, damage):
     assert (path, loaded["step"]) == (step_path(tmp_path, 1), 1)
     assert "warning" in capsys.readouterr().err
     step_path(tmp_path, 1).write_bytes(b"")
-    with pytest.raises(UserError, match="is whole"):
+    with pytest.raises(UserError, match="is intact"):
         load_newest(tmp_path)
 
 

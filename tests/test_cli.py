@@ -122,9 +122,10 @@ def test_values_within_bounds(value, kind, limits, valid):
 
 
 @pytest.mark.parametrize("kind, limits, words", [
-    (int, {}, "an int"), (int, dict(low=1), "an int >= 1"),
+    (int, {}, "an int <= 4294967296"), (int, dict(low=1), "an int >= 1 and <= 4294967296"),
+    (int, dict(low=1, below=9), "an int >= 1 and < 9"),
     (float, dict(above=0, below=1), "a finite float > 0 and < 1"),
-    (float, dict(low=0, high=2), "a finite float >= 0 and <= 2"), (str, {}, "text"), (bool, {}, "true or false"),
+    (float, dict(low=0, high=2), "a finite float >= 0 and <= 2"), (str, {}, "a string"), (bool, {}, "true or false"),
     (str, dict(choices=("gelu", "swiglu")), "one of gelu, swiglu"),
 ])
 def test_bounds_in_words(kind, limits, words):

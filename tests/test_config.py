@@ -96,8 +96,8 @@ def test_a_switch_takes_no_other_word():
 
 @pytest.mark.parametrize("flags, words", [
     (["--pos=rope", "--n_embd=12", "--n_head=4"], "even head size"),
-    (["--stride=500"], "stride=500 is over block_size"),
-    (["--min_lr=1"], "min_lr=1.0 is over learning_rate"),
+    (["--stride=500"], "stride=500 exceeds block_size"),
+    (["--min_lr=1"], "min_lr=1.0 exceeds learning_rate"),
     (["--run_name=../up"], "plain directory name"),
     (["--dataset=.."], "plain directory name"),
     (["--n_layer"], "--n_layer needs a value"),
@@ -126,7 +126,7 @@ def test_what_was_given_is_not_resolved_away():
 
 def test_a_run_of_too_many_steps_is_refused():
     assert resolve(TrainConfig(epochs=1.0, batch_size=1), n_windows=MAX_STEPS - 1).max_iters == MAX_STEPS - 1
-    with pytest.raises(UserError, match=r"epochs=1 is 100,000,000 steps, and a run has at most 99,999,999"):
+    with pytest.raises(UserError, match=r"epochs=1 means 100,000,000 steps; a run can have at most 99,999,999"):
         resolve(TrainConfig(batch_size=1), n_windows=MAX_STEPS)
 
 

@@ -4,7 +4,7 @@ import torch
 from helpers import CPU
 
 from core.config import TrainConfig, resolve
-from core.dataset import StepSampler, TokenDataset, batches
+from core.dataset import TokenDataset, batches, window_order
 
 TOKENS = np.arange(100, 200, dtype=np.uint16)
 
@@ -48,7 +48,7 @@ def test_indices_like_a_sequence():
 
 @pytest.mark.parametrize("n_windows, sequences", [(10, 4), (10, 5), (10, 10), (3, 8), (1, 2)])
 def test_epochs_cover_every_window_once_in_their_own_order(n_windows, sequences):
-    stream = np.concatenate(list(StepSampler(config(n_windows, sequences, 1, 20), start=0)))
+    stream = np.concatenate(list(window_order(config(n_windows, sequences, 1, 20), start=0)))
     assert len(stream) == 20 * sequences
     epochs = [stream[i : i + n_windows].tolist() for i in range(0, len(stream) - n_windows + 1, n_windows)]
     for epoch in epochs:
@@ -59,17 +59,17 @@ def test_epochs_cover_every_window_once_in_their_own_order(n_windows, sequences)
 
 def test_order_is_a_function_of_seed_and_step():
     cfg = config(10, 4, seed=5, max_iters=30)
-    whole = list(StepSampler(cfg, start=0))
+    whole = list(window_order(cfg, start=0))
     for start in (1, 7, 29):
-        tail = list(StepSampler(cfg, start))
+        tail = list(window_order(cfg, start))
         assert np.array_equal(tail, whole[start:])
-    assert not np.array_equal(whole, list(StepSampler(config(10, 4, 6, 30), start=0)))
+    assert not np.array_equal(whole, list(window_order(config(10, 4, 6, 30), start=0)))
 
 
 def test_batches_are_the_windows_of_each_step():
     dataset = TokenDataset(TOKENS, 8, 4)
     cfg = config(len(dataset), 5, seed=0, max_iters=9)
-    steps = list(StepSampler(cfg, start=3))
+    steps = list(window_order(cfg, start=3))
     loaded = list(batches(dataset, cfg, 3, CPU))
     assert len(loaded) == len(steps) == 6
     for indices, (x, y) in zip(steps, loaded):

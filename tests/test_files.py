@@ -102,7 +102,8 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
 # Locks
 
 HOLDER = ("import sys, time\nfrom lib.files import lock_directory\n"
-          "lock = lock_directory(sys.argv[1])\nprint('locked', flush=True)\ntime.sleep(60)\n")
+          "with lock_directory(__import__('pathlib').Path(sys.argv[1])):\n"
+          "    print('locked', flush=True)\n    time.sleep(60)\n")
 
 
 @pytest.fixture
@@ -116,29 +117,43 @@ def holder(tmp_path):
     process.communicate()
 
 
+def take_lock(directory, *if_taken):
+    with lock_directory(directory, *if_taken):
+        pass
+
+
 def test_a_lock_ends_with_its_process(tmp_path, holder):
     with pytest.raises(UserError, match=r"^in use: wait$"):
-        lock_directory(tmp_path / "d", "in use: wait")
+        take_lock(tmp_path / "d", "in use: wait")
     holder.kill()
     holder.wait()
     with lock_directory(tmp_path / "d", "in use: wait"), pytest.raises(UserError, match="in use"):
-        lock_directory(tmp_path / "d", "in use: wait")
-    lock_directory(tmp_path / "d", "in use: wait").release()
+        take_lock(tmp_path / "d", "in use: wait")
+    take_lock(tmp_path / "d", "in use: wait")
+
+
+def test_a_lock_ends_with_its_block(tmp_path):
+    """Another lock object in the same process is refused while it is held, and only then."""
+    held = lock_directory(tmp_path)
+    with held, pytest.raises(UserError):
+        take_lock(tmp_path, "in use")
+    take_lock(tmp_path, "in use")
+    assert held  # not because the lock object is gone
 
 
 def test_without_a_message_a_lock_is_waited_for(tmp_path, holder):
     threading.Timer(0.3, holder.kill).start()
     start = time.perf_counter()
-    lock_directory(tmp_path / "d").release()
+    take_lock(tmp_path / "d")
     assert 0.2 < time.perf_counter() - start < 30
 
 
 def test_directories_that_cannot_be_made(tmp_path):
-    assert make_directory(tmp_path / "a/b") == make_directory(str(tmp_path / "a/b")) == tmp_path / "a/b"
+    assert make_directory(tmp_path / "a/b") == make_directory(tmp_path / "a/b") == tmp_path / "a/b"
     (tmp_path / "file").write_text("")
     for path, words in ((tmp_path / "file/d", "Not a directory"), (tmp_path / "file", "File exists"),
-                        (tmp_path / ("x" * 300), "File name too long"), (str(tmp_path) + "/a\0b", "null")):
-        for make in (make_directory, lock_directory):
+                        (tmp_path / ("x" * 300), "File name too long"), (tmp_path / "a\0b", "null")):
+        for make in (make_directory, take_lock):
             with pytest.raises(UserError) as refused:
                 make(path)
             message = str(refused.value)
@@ -148,7 +163,7 @@ def test_directories_that_cannot_be_made(tmp_path):
 def test_a_directory_that_cannot_be_written(tmp_path):
     (tmp_path / ".lock").mkdir()
     with pytest.raises(UserError, match="cannot write in"):
-        lock_directory(tmp_path, "in use")
+        take_lock(tmp_path, "in use")
 
 
 # Reading

@@ -450,7 +450,7 @@ def test_what_does_not_fit_the_weights_is_reported_together(bpe_data, tmp_path, 
 @pytest.mark.parametrize("changes, words", [
     (dict(init_from="gpt-2"), "gpt-2 is neither one of gpt2, gpt2-medium, gpt2-large, gpt2-xl (did you mean gpt2?)"),
     (dict(init_from=""), "init_from='' must be"), (dict(init_from="x" * 5000), "is neither one of"),
-    (dict(stride=25), "stride=25 is over block_size=24"), (dict(dataset="nosuch"), "unknown dataset nosuch"),
+    (dict(stride=25), "stride=25 exceeds block_size=24"), (dict(dataset="nosuch"), "unknown dataset nosuch"),
     (dict(dataset="shakespeare_char"), "dataset=shakespeare_char does not have the vocabulary"),
 ])
 def test_problems_of_init_from(bpe_data, tmp_path, monkeypatch, changes, words):

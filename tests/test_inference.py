@@ -162,5 +162,5 @@ def test_a_cache_takes_a_prompt_and_then_single_tokens_until_it_is_full():
             next_logits(model, tokens[:, :2], cache)
         for _ in range(2):
             next_logits(model, tokens[:, :1], cache)
-        with pytest.raises(ValueError, match=r"16 \+ 1 tokens are over block_size 16"):
+        with pytest.raises(ValueError, match=r"16 \+ 1 tokens exceed block_size 16"):
             next_logits(model, tokens[:, :1], cache)

@@ -96,7 +96,7 @@ def test_everything_at_once(tmp_path):
 def test_an_unknown_data_set(prepared):
     assert_problems(refused("--dataset=shakespere"),
                     "unknown dataset shakespere (did you mean shakespeare?): there are fox, pydoc, shakespeare, "
-                    "shakespeare_char; prepare_data.py makes others")
+                    "shakespeare_char; prepare_data.py creates others")
 
 
 @pytest.mark.parametrize("name", ["pydoc", "shakespeare", "shakespeare_char"])
@@ -119,7 +119,7 @@ def test_a_damaged_data_set(prepared, damage, words):
 def test_data_too_short_for_a_window(prepared):
     n_tokens = len(read_corpus(prepared / "data/fox").train)
     assert_problems(refused("--dataset=fox", f"--block_size={n_tokens}", "--n_head=3"), "not divisible",
-                    f"block_size={n_tokens} is over the data's length: fox has {n_tokens} training tokens")
+                    f"block_size={n_tokens} is too long for the data: fox has {n_tokens} training tokens")
     assert check_run(*read_values(["--dataset=fox", f"--block_size={n_tokens - 1}", "--device=cpu"]))
 
 
@@ -242,7 +242,7 @@ def test_ids_that_do_not_fit_are_refused_by_the_run(prepared):
     tokenizer = CharTokenizer.from_text(TEXT)
     tokenizer.token_bytes = np.ones(99, dtype=int)
     write_corpus(prepared / "data/fox", tokenizer, {split: np.array([1, 98] * 400) for split in ("train", "val")})
-    with pytest.raises(UserError, match="holds id 98, over the vocabulary of 28"):
+    with pytest.raises(UserError, match="holds id 98, outside the vocabulary of 28"):
         train_gpt2.main(["--dataset=fox", "--device=cpu"])
     assert not (prepared / "checkpoints").exists() and not (prepared / "runs").exists()
 

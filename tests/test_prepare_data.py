@@ -70,9 +70,9 @@ def files(tmp_path):
 
 
 @pytest.mark.parametrize("args, words", [
-    ("", ["name a corpus"]),
+    ("", ["give a corpus"]),
     ("shakespear", ["unknown corpus", "did you mean shakespeare?"]),
-    ("pydoc --input good.txt", ["name a corpus"]),
+    ("pydoc --input good.txt", ["give a corpus"]),
     ("--input nosuch.txt --name x", ["cannot read nosuch.txt"]),
     ("--input directory --name x", ["directory is a directory"]),
     ("--input empty.txt --name x", ["is empty"]),

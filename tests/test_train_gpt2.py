@@ -238,9 +238,9 @@ def test_resume_refuses_a_checkpoint_that_lacks_a_key(finished, train_here, tmp_
     run_dir = tmp_path / "checkpoints/tiny"
     run_dir.mkdir(parents=True)
     torch.save({name: value for name, value in finished[1].items() if name != key}, run_dir / "step_00000012.pt")
-    with pytest.raises(UserError, match="no checkpoint in checkpoints/tiny is whole"):
+    with pytest.raises(UserError, match="no checkpoint in checkpoints/tiny is intact"):
         train_here("--resume")
-    assert (f"step_00000012.pt is not a checkpoint of this project: {key} missing or of a wrong type"
+    assert (f"step_00000012.pt is not a checkpoint of this project: {key} missing or of the wrong type"
             in capsys.readouterr().err)
 
 
