@@ -19,7 +19,7 @@ def main(argv: list[str]) -> None:
     try:
         is_taken = args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir()))
     except OSError as error:
-        raise UserError(f"cannot look into {args.out}: {error.strerror}") from None
+        raise UserError(f"cannot read {args.out}: {error.strerror}") from None
     if is_taken:
         raise UserError(f"{args.out} already exists and is not an empty directory: choose another --out")
     path = find_checkpoint(args.ckpt)

@@ -233,7 +233,7 @@ def parse_args(argv: list[str]) -> Namespace:
     parser.add_argument("--max_new_tokens", type=number(int, low=1, below=2**32), default=500, help="default 500")
     parser.add_argument("--temperature", type=number(float, low=0), default=0.8, help="0: greedy (default 0.8)")
     parser.add_argument("--top_k", type=number(int, low=0, below=2**32), default=200,
-                        help="keep the k likeliest tokens; 0: off (default 200)")
+                        help="keep the k most likely tokens; 0: off (default 200)")
     parser.add_argument("--top_p", type=number(float, above=0, high=1), default=1.0,
                         help="keep the fewest likeliest tokens with this total probability; 1: off (default 1)")
     parser.add_argument("--min_p", type=number(float, low=0, high=1), default=0.0,

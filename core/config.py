@@ -255,7 +255,7 @@ def file_values(path: str | None, overrides: Values) -> tuple[Values, Problems]:
 
 
 def build_config(values: Values, unknown: Collection[str] = ()) -> tuple[TrainConfig, Problems]:
-    """The TrainConfig of `values`; invalid fields keep their default. Checks that involve `unknown` fields are skipped."""
+    """The TrainConfig of `values`; invalid fields keep their default, and checks of `unknown` fields are skipped."""
     checked = {name: check_value(name, value) for name, value in values.items()}
     problems = [problem for _, problem in checked.values() if problem]
     cfg = TrainConfig(**{name: value for name, (value, problem) in checked.items() if not problem})

@@ -32,7 +32,7 @@ def make_cache(model: GPT, rows: int, static: bool = False) -> KVCache:
     """An empty cache for `rows` rows of up to block_size tokens, on the model's device."""
     config, weight = model.config, model.transformer.wte.weight
     device = weight.device
-    # A CPU attends one query to many keys up to 8 times faster in float32.
+    # On a CPU, one query against many keys is up to 8 times faster in float32.
     dtype = torch.float32 if device.type == "cpu" else weight.dtype
     shape = config.n_layer, rows, config.n_head, config.block_size, config.n_embd // config.n_head
     keys, values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
@@ -57,7 +57,7 @@ def advance(cache: KVCache, T: int) -> None:
     if cache.length + T > block_size:
         raise ValueError(f"{cache.length} + {T} tokens exceed block_size {block_size}")
     if cache.length and T > 1:
-        raise ValueError("a cache takes many tokens when it is empty, and then one at a time")
+        raise ValueError("only an empty cache takes more than one token at a time")
     cache.positions = slice(cache.length, cache.length + T)
     cache.length += T
 
@@ -96,7 +96,7 @@ class GraphedDecoder:
         self.graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # libraries allocate their workspaces now: during capture they may not
+        with torch.cuda.stream(stream):  # warm-up: libraries may not allocate workspaces during capture
             next_logits(model, self.idx, cache)
         torch.cuda.current_stream().wait_stream(stream)
         cache.n_tokens.zero_()
@@ -136,18 +136,18 @@ def choose_tokens(logits: Tensor, uniforms: Tensor, temperature: float = 1.0, to
                   min_p: float = 0.0) -> Tensor:
     """Draw a token for each row of logits, float (B, V), with uniforms, float64 (B,) in [0, 1): int64 (B,).
 
-    temperature 0 takes the likeliest. Otherwise the logits are divided by it, and in this order top_k > 0
-    keeps the k likeliest, top_p < 1 the fewest likeliest that hold this much probability (nucleus, Holtzman
-    et al. 2020), min_p > 0 those at least min_p times as likely as the likeliest (Nguyen et al. 2024).
+    temperature 0 takes the most likely. Otherwise the logits are divided by it, and in this order top_k > 0
+    keeps the k most likely, top_p < 1 the smallest set of most likely tokens with this total probability (nucleus,
+    Holtzman et al. 2020), min_p > 0 those at least min_p times as likely as the most likely (Nguyen et al. 2024).
     """
     device = logits.device
     if temperature == 0:
         return logits.argmax(dim=-1)
     if device.type == "mps":
-        logits = logits.cpu()  # it has no float64
+        logits = logits.cpu()  # MPS has no float64
     ids = None
     if 0 < top_k < logits.size(-1):
-        logits, ids = logits.topk(top_k)  # from the likeliest down
+        logits, ids = logits.topk(top_k)  # from the most likely down
     elif top_p < 1:
         logits, ids = logits.sort(dim=-1, descending=True)
     logits = logits.double()
@@ -157,7 +157,7 @@ def choose_tokens(logits: Tensor, uniforms: Tensor, temperature: float = 1.0, to
     if min_p > 0:
         p = p.masked_fill(p < min_p * p.amax(dim=-1, keepdim=True), 0)
     cumulative = p.cumsum(dim=-1)
-    # The first place whose cumulative probability is over uniform * total: never one of probability 0.
+    # The first index whose cumulative probability exceeds uniform * total: never a token of probability 0.
     drawn = torch.searchsorted(cumulative, uniforms.to(p.device)[:, None] * cumulative[:, -1:], right=True)
     return (drawn if ids is None else ids.gather(-1, drawn))[:, 0].to(device)
 
@@ -228,7 +228,7 @@ def prepare_for_inference(model: GPT, device: torch.device, dtype: torch.dtype) 
     if dtype != torch.float32:
         model.lm_head = CenteredHead(model.lm_head, model.config.vocab_size)
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(device, dtype)  # one by one; buffers, the tables, stay float32
+        parameter.data = parameter.data.to(device, dtype)  # one at a time; the position tables (buffers) stay float32
     model.to(device)
     if device.type == "cpu" and PackedLinear.is_available():
         for module in list(model.modules()):

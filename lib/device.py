@@ -1,4 +1,4 @@
-"""Which device and number format to compute with, how fast it could be, and how long things take on it."""
+"""Devices and dtypes: which to use, their peak speed, and timing on them."""
 
 import contextlib
 import functools
@@ -14,7 +14,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # Dense bf16 (V100, T4: fp16) peak in FLOP/s from the vendors' data sheets, by whole words of the device's name.
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
               "A10": 125e12, "A6000": 155e12, "V100": 125e12, "T4": 65e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
-# What errors other than torch.OutOfMemoryError say: CUDA and MPS; the CPU; cuBLAS and cuDNN.
+# In errors other than torch.OutOfMemoryError: CUDA and MPS; the CPU; cuBLAS and cuDNN.
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "_STATUS_ALLOC_FAILED")
 
 Mark = float | torch.cuda.Event
@@ -36,8 +36,8 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"device must be auto, cpu, cuda, cuda:N or mps, not {name!r}")
     n_devices = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if (device.index or 0) >= n_devices[device.type]:
-        raise UserError(f"device {name} is not on this machine, which has {n_devices[device.type]} {device.type} "
-                        f"devices: use --device=auto")
+        raise UserError(f"device {name} is not on this machine ({device.type} devices: {n_devices[device.type]}): "
+                        f"use --device=auto")
     if device.type == "cuda":
         check_card(device)
     if device.index:
@@ -86,7 +86,7 @@ def runs_on(arch: str, major: int, minor: int) -> bool:
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype for "auto" or a name. UserError for float16 off CUDA, which the gradient scaler needs.
 
-    Auto: bfloat16 where the device multiplies it fast, float16 on older CUDA cards, else float32.
+    Auto: bfloat16 where the device is fast at it, float16 on older CUDA cards, else float32.
     """
     if name == "float16" and device.type != "cuda":
         raise UserError(f"dtype=float16 needs a CUDA device, not {device.type}: use bfloat16, float32 or auto")
@@ -143,7 +143,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def device_name(device: torch.device) -> str:
-    """The device's name for people."""
+    """The device's name, for display."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return {"cpu": f"CPU, {torch.get_num_threads()} threads", "mps": "Apple GPU"}[device.type]

@@ -1,4 +1,4 @@
-"""Fast replacements of slow operations, each with the result of the plain form that its docstring names."""
+"""Fast replacements of slow operations, each equivalent to the plain form that its docstring names."""
 
 import math
 
@@ -7,18 +7,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE_INDEX = -1  # a target that counts in no loss
-QUERIES = 128  # that attention on a CPU takes at a time
+IGNORE_INDEX = -1  # a target that no loss counts
+QUERIES_PER_CHUNK = 128  # in attention on a CPU
 MAX_LOGITS = 2**27  # held at a time by linear_cross_entropy: half a GiB in float32
 
 
 def keep_mask(shape: torch.Size, dropout: float, device: torch.device) -> Tensor:
-    """Ones with probability 1 - dropout, else zeros, bfloat16, from the default generator: `bernoulli_`.
+    """Ones with probability 1 - dropout, else zeros, bfloat16, from the default generator, like `bernoulli_`.
 
-    Sixteen random bits an element, compared in place and turned into the bits of 1.0: five times as fast
+    Sixteen random bits per element, compared in place and turned into the bits of 1.0: five times as fast
     on a CPU. The probability is rounded to a multiple of 1 / 65536.
     """
-    if torch.compiler.is_compiling():  # cannot view one dtype as another
+    if torch.compiler.is_compiling():  # compiled code cannot view one dtype as another
         return (torch.rand(shape, device=device) >= dropout).bfloat16()
     n = math.prod(shape)
     bits = torch.empty(-(-n // 4), dtype=torch.int64, device=device).random_(-(2**63), None).view(torch.int16)[:n]
@@ -38,18 +38,18 @@ class Dropout(nn.Dropout):
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     """F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout) of (B, H, T, D).
 
-    PyTorch's kernel for CPUs computes in float32 inside. There bfloat16 products, QUERIES at a time
-    and without the keys after them, are two to five times as fast.
+    PyTorch's CPU kernel computes in float32 internally; bfloat16 products in chunks of queries
+    without the keys after them, are two to five times as fast.
     """
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.size(2) > 4 * QUERIES:
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.size(2) > 4 * QUERIES_PER_CHUNK:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
     scale = q.size(-1) ** -0.5
     q, k, values = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     if dropout:
         values = values * (1 / (1 - dropout))
     parts = []
-    for start in range(0, q.size(1), QUERIES):
-        end = min(start + QUERIES, q.size(1))
+    for start in range(0, q.size(1), QUERIES_PER_CHUNK):
+        end = min(start + QUERIES_PER_CHUNK, q.size(1))
         mask = torch.full((end - start, end), -math.inf, dtype=q.dtype).triu(start + 1)
         weights = F.softmax(torch.baddbmm(mask, q[:, start:end], k[:, :end].transpose(1, 2), alpha=scale), dim=-1)
         if dropout:
@@ -59,7 +59,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """F.cross_entropy of x @ weight.T, rows in chunks whose gradients are computed right away: no logits are kept.
+    """F.cross_entropy of x @ weight.T, in chunks of rows; gradients are computed along the way, no logits are kept.
 
     The same products as the plain form, no recomputation (as in Liger Kernel, Hsu et al. 2024).
     """
@@ -77,7 +77,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             counts, ids = ids[:, None] != IGNORE_INDEX, ids[:, None].clamp(min=0)
             total = total - (log_p.gather(1, ids) * counts).sum()
             if wants_gradient:
-                # The gradient by the logits; divided by the number of targets later, which float16 may not hold.
+                # Gradient of the logits; divided by the number of targets later, since float16 might underflow here.
                 dlogits = log_p.exp_().scatter_add_(1, ids, torch.full_like(ids, -1, dtype=torch.float32))
                 dlogits = (dlogits * counts).to(dtype)
                 dx.append(dlogits @ w)
@@ -103,7 +103,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size:
     """
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    # Asked here: inside a Function needs_input_grad is true under no_grad too, and gradients are never enabled.
+    # Decided here: inside a Function gradients are off, and needs_input_grad ignores no_grad.
     wants_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     return LinearCrossEntropy.apply(x, weight, targets, vocab_size, dtype, wants_gradient)
 
@@ -118,11 +118,11 @@ class PackedLinear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.out_features = linear.out_features
-        # Where a gradient is wanted, oneDNN takes other kernels.
+        # Tensors that require gradients would select other oneDNN kernels.
         self.bias = None if linear.bias is None else linear.bias.detach()
         # The layout for 16 rows serves 1 and 1,000 as well.
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 16)
-        # The kernel for one row may sum in another order than the one for more.
+        # The kernel for one row may sum in a different order from the one for several.
         rows = torch.arange(2.0 * linear.in_features).sin().view(2, -1).to(linear.weight.dtype)
         self.min_rows = 1 if torch.equal(self.product(rows[:1]), self.product(rows)[:1]) else 2
 

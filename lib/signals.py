@@ -7,7 +7,7 @@ from types import FrameType
 
 
 class StopSignals:
-    """While entered, the first SIGINT or SIGTERM is only recorded, in `received`; a second one acts immediately."""
+    """While entered, the first SIGINT or SIGTERM is only recorded in `received`; a second takes effect immediately."""
 
     def __enter__(self) -> "StopSignals":
         self.received: int | None = None

@@ -112,7 +112,7 @@ def test_gpt2_size_on_random_tokens(capsys):
     assert rows["tokenize MB/s"] == rows["decode tokens/s"] == ["n/a"]
 
 
-def test_phases_end_where_they_say(tiny_args, monkeypatch):
+def test_phase_marks_separate_the_work(tiny_args, monkeypatch):
     """When a phase's end is marked its work is done, the next one's not begun."""
     trainer, steps = trainer_and_batches(tiny_args)
     ours, states = bench.Ours(trainer, steps), []
@@ -136,7 +136,7 @@ def test_phases_end_where_they_say(tiny_args, monkeypatch):
     assert set(seconds) == set(bench.PHASES)
 
 
-def test_the_step_is_trainings(tiny_args):
+def test_the_timed_step_is_the_training_step(tiny_args):
     (timed, steps), (plain, same_steps) = trainer_and_batches(tiny_args), trainer_and_batches(tiny_args)
     bench.Ours(timed, steps).run_steps(3)
     for step, batch in zip(range(3), same_steps):
@@ -189,7 +189,7 @@ def test_missing_peer_is_refused(tmp_path):
     ("class GPTConfig: pass", "no GPT:"), ("x = 1", "no GPT and no GPTConfig"), ("def (", "SyntaxError"),
     ("import no_such_module", "ModuleNotFoundError"), ("raise SystemExit(0)", "SystemExit"),
 ])
-def test_what_is_no_peer_is_refused(tmp_path, source, words):
+def test_invalid_peers_are_refused(tmp_path, source, words):
     path = tmp_path / "model.py"
     path.write_text(source)
     with pytest.raises(UserError, match=words) as error:
@@ -197,7 +197,7 @@ def test_what_is_no_peer_is_refused(tmp_path, source, words):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_peer_of_another_shape_is_refused(tiny_args, tmp_path, peer):
+def test_a_peer_with_another_constructor_is_refused(tiny_args, tmp_path, peer):
     peer.write_text(PEER.replace("    dropout: float\n", ""))
     with pytest.raises(UserError, match="dropout"):
         bench.main([*tiny_args, "--warmup=2", f"--peer={peer}"])

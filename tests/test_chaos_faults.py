@@ -208,7 +208,7 @@ def test_sigterm_loses_no_completed_step(tmp_path, data_dir):
     print(f"\nSIGTERM: no completed step lost in {len(steps)} of 100")
 
 
-def test_bad_numbers_stop_the_run_and_stay_off_the_disk(tmp_path, data_dir):
+def test_non_finite_values_stop_the_run_and_never_reach_the_disk(tmp_path, data_dir):
     values = {"nan": math.nan, "inf": math.inf}
 
     def infect(case):
@@ -233,7 +233,7 @@ def test_bad_numbers_stop_the_run_and_stay_off_the_disk(tmp_path, data_dir):
     print(f"\nnon-finite values: nothing on the disk, exit 3 at {sum(results)} of 20 points")
 
 
-def test_double_starts(tmp_path, data_dir, reference):
+def test_only_one_of_two_simultaneous_runs_trains(tmp_path, data_dir, reference):
     def start_two(number):
         run = SmallRun(tmp_path / f"run{number}", data_dir)
         logs = [run.directory / f"log{i}.txt" for i in range(2)]

@@ -199,7 +199,7 @@ def resumed(directory, data_dir):
     return run, lambda: train_gpt2.main([*run.argv, "--resume"])
 
 
-def test_nonsense(tmp_path, saved, data_dir):
+def test_invalid_input_ends_in_a_user_error(tmp_path, saved, data_dir):
     rng = random.Random(0)
     run, resume = resumed(tmp_path / "resumed", data_dir)
     path, tensors = tmp_path / "fuzzed.pt", [*JUNK, torch.zeros(2)]
@@ -222,7 +222,7 @@ def test_nonsense(tmp_path, saved, data_dir):
     print(f"\nfuzzed inputs: {total:,} without a traceback; {', '.join(counts)}")
 
 
-def test_checkpoints_without_a_key_or_with_a_value_of_a_wrong_type(tmp_path, saved, data_dir):
+def test_checkpoints_missing_a_key_or_with_a_wrong_type_are_refused(tmp_path, saved, data_dir):
     """Each is refused by its name and the key's, whoever reads it; a run that has an older one resumes from that."""
     content = load_checkpoint(saved)
     n_cases = 0

@@ -85,7 +85,7 @@ def test_each_key_of_the_schema_is_refused_by_name(tmp_path, capsys, key, value)
     assert message in capsys.readouterr().err
 
 
-def test_all_that_is_wrong_is_named_at_once(tmp_path):
+def test_all_problems_are_named_at_once(tmp_path):
     torch.save({"step": 3, "config": []}, tmp_path / "a.pt")
     with pytest.raises(UserError) as refused:
         load_checkpoint(tmp_path / "a.pt")
@@ -101,7 +101,7 @@ def test_all_that_is_wrong_is_named_at_once(tmp_path):
     lambda path: torch.save([1, 2], path),
     lambda path: torch.save({"step": 3}, path),
 ])
-def test_damage_is_found_and_the_one_before_is_taken(tmp_path, capsys, damage):
+def test_damage_falls_back_to_the_previous_checkpoint(tmp_path, capsys, damage):
     for step in (1, 2):
         save_checkpoint(step_path(tmp_path, step), content(step))
     damage(step_path(tmp_path, 2))
@@ -139,7 +139,7 @@ def test_a_malicious_pickle_runs_nothing(tmp_path, monkeypatch):
     assert (tmp_path / "evil").exists()
 
 
-def test_peeking_verifies_nothing_and_passes_over_what_does_not_open(tmp_path):
+def test_peek_skips_unreadable_files_without_verifying(tmp_path):
     assert peek(tmp_path) == (None, None)
     for step in (1, 2, 3):
         save_checkpoint(step_path(tmp_path, step), content(step))
@@ -246,7 +246,7 @@ def test_saving_prunes_to_the_newest_and_keeps_the_best(tmp_path, corpus):
         ".lock", "best.pt", "step_00000100.pt", "step_99999999.pt"}
 
 
-def test_a_run_is_restored_with_all_it_remembers(tmp_path, corpus):
+def test_restoring_recovers_the_whole_progress(tmp_path, corpus):
     cfg = config(tmp_path)
     trainers = [Trainer(config(tmp_path, seed=seed), corpus.tokenizer.vocab_size) for seed in (0, 1)]
     x, y = TokenDataset(corpus.train, cfg.block_size).windows(range(2))
@@ -273,7 +273,7 @@ def test_a_run_is_restored_with_all_it_remembers(tmp_path, corpus):
     lambda c: c["optimizer_state_dict"].update(param_groups=[1, 2]),
     lambda c: c["optimizer_state_dict"].update(state=3),
 ])
-def test_parts_that_do_not_fit_are_refused_by_a_resume(tmp_path, corpus, change):
+def test_resume_refuses_inconsistent_parts(tmp_path, corpus, change):
     cfg = config(tmp_path)
     trainer = Trainer(cfg, corpus.tokenizer.vocab_size)
     trainer.step(TokenDataset(corpus.train, cfg.block_size).windows(range(2)), 0)
@@ -287,7 +287,7 @@ def test_parts_that_do_not_fit_are_refused_by_a_resume(tmp_path, corpus, change)
             run.restore(Trainer(cfg, corpus.tokenizer.vocab_size))
 
 
-def test_a_run_directory_belongs_to_one_process_and_is_swept(tmp_path, corpus):
+def test_a_run_directory_belongs_to_one_process_and_is_cleaned(tmp_path, corpus):
     cfg = config(tmp_path)
     cfg.run_dir.mkdir()
     (cfg.run_dir / "step_00000001.pt.tmp").write_bytes(b"half")
@@ -302,7 +302,7 @@ def test_a_run_directory_belongs_to_one_process_and_is_swept(tmp_path, corpus):
         pass
 
 
-def test_a_disk_that_is_full_keeps_the_older_checkpoints(tmp_path, corpus, capsys):
+def test_a_full_disk_keeps_the_older_checkpoints(tmp_path, corpus, capsys):
     cfg = config(tmp_path, keep_checkpoints=1)
     trainer = Trainer(cfg, corpus.tokenizer.vocab_size)
     with Run(cfg, corpus) as run:
@@ -319,7 +319,7 @@ def test_a_disk_that_is_full_keeps_the_older_checkpoints(tmp_path, corpus, capsy
     assert step_checkpoints(cfg.run_dir) == [step_path(cfg.run_dir, 2)]
 
 
-def test_nothing_that_is_not_finite_is_saved(tmp_path, corpus):
+def test_non_finite_state_is_never_saved(tmp_path, corpus):
     cfg = config(tmp_path)
     trainer = Trainer(cfg, corpus.tokenizer.vocab_size)
     trainer.step(TokenDataset(corpus.train, cfg.block_size).windows(range(2)), 0)
@@ -333,7 +333,7 @@ def test_nothing_that_is_not_finite_is_saved(tmp_path, corpus):
     assert [path.name for path in cfg.run_dir.iterdir()] == [".lock"]
 
 
-def test_a_field_that_a_checkpoint_lacks_had_its_default():
+def test_missing_config_fields_have_their_defaults():
     cfg = TrainConfig(n_layer=7, seed=3)
     saved = {"seed": 3, "gone_field": 5, "learning_rate": 2.0}
     assert then_and_now(saved, cfg) == [("n_layer", 4, 7), ("learning_rate", 2.0, 1e-3)]

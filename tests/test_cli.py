@@ -54,7 +54,7 @@ def test_text_is_utf_8_whatever_the_locale():
     assert (process.returncode, process.stdout, process.stderr) == (0, "é\nß".encode() + b"\xff\n", b"")
 
 
-def test_a_reader_that_leaves_is_no_error():
+def test_a_closed_pipe_is_not_an_error():
     process = run_main("[print('line', n) for n in range(10**5)]", shell='"$@" | head -n 1; true')
     assert process.stdout == b"line 0\n" and process.stderr == b""
     process = run_main("[print('line', n) for n in range(10**5)]", shell='{ "$@"; echo $? >&2; } | head -n 1')
@@ -70,12 +70,12 @@ def test_a_full_disk_under_the_output(body):
     assert process.stderr == b"error: cannot write the output: No space left on device\n"
 
 
-def test_a_closed_output_is_no_error():
+def test_closed_stdout_is_not_an_error():
     process = run_main("print('x'); return 4", shell='"$@" >&-')
     assert (process.returncode, process.stderr) == (4, b"")
 
 
-def test_problems_in_words(capsys):
+def test_user_errors_list_their_problems(capsys):
     assert str(UserError("a")) == "a" and str(UserError("a", "b")) == "2 problems:\n  - a\n  - b"
     assert UserError("a", "b").problems == ("a", "b")
     warn("careful")
@@ -104,7 +104,7 @@ def test_plain_names(name, plain):
     (int, "3", 3), (int, "-3", -3), (int, "3.0", "3.0"), (int, "", ""), (float, "1e-3", 1e-3), (float, "3", 3.0),
     (float, "x", "x"), (bool, "True", True), (bool, "false", False), (bool, "1", "1"), (str, "3", "3"),
 ])
-def test_text_is_parsed_or_left(kind, text, value):
+def test_text_is_parsed_or_left_unchanged(kind, text, value):
     assert parse_text(kind, text) == value and type(parse_text(kind, text)) is type(value)
 
 

@@ -65,7 +65,7 @@ def test_a_config_file_is_read_not_run(tmp_path, line):
     ("compile", "maybe", None), ("dropout", 1.0, None), ("dataset", 3, None), ("seed", 2**32, None),
     ("n_layer", None, None),
 ])
-def test_values_have_their_type_and_range(name, value, good):
+def test_values_are_checked_for_type_and_range(name, value, good):
     result, problem = check_value(name, value)
     assert result == good and type(result) is type(good)
     assert (problem is None) == (good is not None)
@@ -88,7 +88,7 @@ def test_flags_are_parsed_by_their_field(flag, field, value):
         assert problems == [] and getattr(cfg, field) == value
 
 
-def test_a_switch_takes_no_other_word():
+def test_a_switch_consumes_only_true_or_false():
     cfg, problems = config_from_argv(["--resume", "configs/nosuch.py", "--bias", "false"])
     assert cfg.resume is True and cfg.bias is False
     assert problems == ["cannot read config file configs/nosuch.py: No such file or directory"]
@@ -118,7 +118,7 @@ def test_run_length(fields, max_iters):
     assert (cfg.min_lr, cfg.stride, cfg.n_windows) == (1e-4, 128, 10)
 
 
-def test_what_was_given_is_not_resolved_away():
+def test_resolving_keeps_explicit_values():
     given = dict(stride=7, max_iters=9, lr_decay_iters=5, min_lr=0.0, epochs=None, n_layer=3, run_name="x")
     cfg = resolve(TrainConfig(**given), n_windows=1000)
     assert {name: getattr(cfg, name) for name in given} == given

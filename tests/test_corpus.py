@@ -101,7 +101,7 @@ def test_a_failed_write_leaves_the_old_data_set(corpus_dir):
     assert {path.name: path.read_bytes() for path in corpus_dir.iterdir()} == before
 
 
-def test_a_data_set_where_a_file_is(tmp_path):
+def test_a_file_in_the_way_of_a_data_set_is_refused(tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(UserError, match=r"cannot create the directory .*taken"):
         prepare_text("abc" * 20, "taken", "char", str(tmp_path))

@@ -35,7 +35,7 @@ def test_windows_are_shifted_slices_and_cover_the_text(n_tokens, block_size, str
         assert sorted(targets) == tokens[1:]
 
 
-def test_indices_like_a_sequence():
+def test_indexing_follows_sequence_rules():
     dataset = TokenDataset(TOKENS, 10)
     assert dataset[-1][1].tolist() == dataset[len(dataset) - 1][1].tolist()
     for index in (len(dataset), -len(dataset) - 1):

@@ -37,7 +37,7 @@ from lib.device import (
     (RuntimeError("out of resource: shared memory, Required: 327680, Hardware limit: 232448"), False),
     (ValueError("out of memory"), False),
 ])
-def test_out_of_memory_is_known_in_all_its_forms(error, is_one):
+def test_out_of_memory_is_recognised_in_all_its_forms(error, is_one):
     assert is_out_of_memory(error) == is_one
     with pytest.raises(UserError if is_one else type(error)), out_of_memory_as("lower batch_size"):
         raise error
@@ -98,7 +98,7 @@ def test_a_driver_that_is_too_old_is_reported_once(monkeypatch, capsys, reason, 
     assert capsys.readouterr().err == (expected if warning else "")
 
 
-def test_auto_takes_the_fastest_there_is(monkeypatch):
+def test_auto_picks_the_fastest_device(monkeypatch):
     pretend_cards(monkeypatch, (8, 0))
     assert choose_device("auto") == torch.device("cuda")
     pretend_cards(monkeypatch, (8, 0), n=0)
@@ -113,7 +113,7 @@ def test_auto_takes_the_fastest_there_is(monkeypatch):
     ("meta", "not 'meta'"), ("cuda:2", "device cuda:2 is not on this machine, which has 2 cuda devices"),
     ("mps", "which has 0 mps devices: use --device=auto"), ("cpu:1", "which has 1 cpu devices"),
 ])
-def test_devices_that_are_not_there_are_refused(monkeypatch, name, words):
+def test_missing_devices_are_refused(monkeypatch, name, words):
     pretend_cards(monkeypatch, (8, 0), n=2)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(UserError) as refused:
@@ -153,7 +153,7 @@ def test_float16_is_for_cuda(kind):
     (dict(avx512_bf16=True), True), (dict(amx_bf16=True), True), (dict(avx512_bf16=False, avx512_f=True), False),
     ({}, False),
 ])
-def test_conversions_alone_are_no_bfloat16(monkeypatch, capabilities, expected):
+def test_bfloat16_needs_more_than_conversions(monkeypatch, capabilities, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert device.cpu_has_bfloat16() is expected
 
@@ -186,7 +186,7 @@ def test_dropout_draws_from_the_default_generator():
     ("NVIDIA GeForce RTX 3090 Ti", "RTX 3090"), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
     ("NVIDIA H100 NVL", None), ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None), ("NVIDIA A1000", None), ("", None),
 ])
-def test_peaks_are_of_whole_names_and_full_cards(monkeypatch, name, expected):
+def test_peaks_match_whole_names_of_full_cards(monkeypatch, name, expected):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *args: name)
     assert peak_flops(torch.device("cuda")) == (PEAK_FLOPS[expected] if expected else None)
 

@@ -70,7 +70,7 @@ def test_a_transient_failure_is_tried_again(server, tmp_path):
     ("missing", 1, "404"), ("loop", 31, "redirect"), ("html", 1, "HTML page"), ("wrong", 1, "wrong hash"),
     ("cut", 3, ""),
 ])
-def test_nothing_wrong_gets_the_name(server, tmp_path, name, tries, words):
+def test_a_wrong_file_never_appears_under_its_name(server, tmp_path, name, tries, words):
     with pytest.raises(UserError) as error:
         download(f"{server.url}/{name}", tmp_path / "f", SHA256, backoff=0.01)
     for word in (words, f"{server.url}/{name}", str(tmp_path / "f"), "by hand", SHA256):
@@ -91,7 +91,7 @@ def test_no_server(tmp_path):
     assert visible(tmp_path) == []
 
 
-def test_what_is_there_already_is_checked_and_kept(tmp_path):
+def test_existing_files_are_checked_and_kept(tmp_path):
     (tmp_path / "f").write_bytes(b"mine")
     (tmp_path / "d").mkdir()
     with pytest.raises(UserError, match="sha256 differs"):

@@ -38,5 +38,5 @@ def test_every_token_is_predicted_once(family, stride):
         assert result.bits_per_byte == pytest.approx(sum(nats) / math.log(2) / len(text.encode()), rel=1e-5)
 
 
-def test_a_perplexity_that_no_float_holds_is_infinite():
+def test_perplexity_overflows_to_infinity():
     assert perplexity(0.0) == 1 and perplexity(699.0) == math.exp(699) and perplexity(1e4) == math.inf

@@ -28,7 +28,7 @@ def write_all(paths, data, fail=None):
 # Whole or not at all
 
 @pytest.mark.parametrize("n_files", [1, 3])
-def test_files_get_their_names_when_they_are_whole(tmp_path, n_files):
+def test_files_appear_only_when_complete(tmp_path, n_files):
     paths = [tmp_path / f"{i}.bin" for i in range(n_files)]
     paths[0].write_bytes(b"old")
     with atomic_write(*paths) as temporaries:
@@ -122,7 +122,7 @@ def take_lock(directory, *if_taken):
         pass
 
 
-def test_a_lock_ends_with_its_process(tmp_path, holder):
+def test_a_lock_dies_with_its_process(tmp_path, holder):
     with pytest.raises(UserError, match=r"^in use: wait$"):
         take_lock(tmp_path / "d", "in use: wait")
     holder.kill()
@@ -148,7 +148,7 @@ def test_without_a_message_a_lock_is_waited_for(tmp_path, holder):
     assert 0.2 < time.perf_counter() - start < 30
 
 
-def test_directories_that_cannot_be_made(tmp_path):
+def test_directories_that_cannot_be_created(tmp_path):
     assert make_directory(tmp_path / "a/b") == make_directory(tmp_path / "a/b") == tmp_path / "a/b"
     (tmp_path / "file").write_text("")
     for path, words in ((tmp_path / "file/d", "Not a directory"), (tmp_path / "file", "File exists"),
@@ -168,13 +168,13 @@ def test_a_directory_that_cannot_be_written(tmp_path):
 
 # Reading
 
-def test_text_is_read_as_it_is(tmp_path):
+def test_text_is_read_unchanged(tmp_path):
     text = "\ufeffa\r\nb\rc\né☃😀\0"
     (tmp_path / "t").write_bytes(text.encode())
     assert read_text(tmp_path / "t") == text == read_text(str(tmp_path / "t"))
 
 
-def test_what_is_not_text_is_refused(tmp_path):
+def test_non_text_is_refused(tmp_path):
     (tmp_path / "latin").write_bytes(b"abc\n caf\xe9 ole")
     for path, words in ((tmp_path, "is a directory, not a text file"), (tmp_path / "nosuch", "No such file"),
                         (str(tmp_path) + "\0", "null"),

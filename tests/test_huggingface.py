@@ -134,7 +134,7 @@ def test_half_precision_becomes_float32(tmp_path, dtype):
     assert_same_logits(ours, model.float())
 
 
-def test_the_published_files_form(directory, theirs):
+def test_published_files_load(directory, theirs):
     """Names without "transformer.", the causal mask among the tensors, an output layer that is the embedding."""
     tensors = {key.removeprefix("transformer."): value for key, value in theirs.state_dict().items()}
     tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, 24, 24).tril() for i in range(2)}
@@ -148,7 +148,7 @@ def test_the_published_files_form(directory, theirs):
         load(directory)
 
 
-def test_there_and_back(tmp_path, directory, theirs):
+def test_export_and_import_round_trip(tmp_path, directory, theirs):
     """theirs -> ours -> theirs: the same bits."""
     huggingface.write_pretrained(tmp_path / "back", *load(directory))
     back = GPT2LMHeadModel.from_pretrained(tmp_path / "back").state_dict()
@@ -259,7 +259,7 @@ def test_malformed_tokenizers_are_refused(directory, model):
     assert len(error.value.problems) == 1 and "\n" not in str(error.value)
 
 
-def test_what_is_no_model(tmp_path, directory):
+def test_names_that_are_not_models_are_refused(tmp_path, directory):
     assert huggingface.is_model("gpt2-xl") and huggingface.is_model(directory) and not huggingface.is_model(tmp_path)
     for name in (tmp_path, "nosuch", "a\0b", "x" * 5000, directory / "config.json"):
         with pytest.raises(UserError, match="is neither one of gpt2, gpt2-medium"):
@@ -331,7 +331,7 @@ def names_in(directory):
     return {path.name for path in directory.iterdir()} - {".lock", "tokenizer.json"}
 
 
-def test_a_published_name_is_fetched_once(hub, tmp_path, theirs, monkeypatch):
+def test_a_published_model_is_downloaded_once(hub, tmp_path, theirs, monkeypatch):
     for _ in range(2):
         assert_same_logits(huggingface.load("gpt2", tmp_path / "data")[0], theirs)
     weights = "/openai-community/gpt2/resolve/abc123/model.safetensors"
@@ -353,7 +353,7 @@ def test_a_published_name_is_fetched_once(hub, tmp_path, theirs, monkeypatch):
     ("cut", "ChunkedEncodingError"), ("longer", "wrong hash"), ("flipped", "wrong hash"), ("absent", "404"),
     ("pinned", "wrong hash"), ("no hash", "the server reports no hash"),
 ])
-def test_nothing_wrong_is_kept(hub, tmp_path, monkeypatch, harm, words):
+def test_wrong_downloads_are_not_kept(hub, tmp_path, monkeypatch, harm, words):
     whole = hub.files["model.safetensors"]
     if harm == "cut":
         hub.harm = lambda body: body[: len(body) // 2]

@@ -59,7 +59,7 @@ def test_a_prompt_of_any_length_is_continued(length):
 
 @pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_sample_is_the_same_among_others(family, prepared):
+def test_a_sample_does_not_depend_on_the_batch(family, prepared):
     model = make_model(family)
     if prepared:
         prepare_for_inference(model, CPU, torch.bfloat16)
@@ -133,7 +133,7 @@ def test_a_prepared_model_gives_the_same_logits():
         assert torch.allclose(prepare_for_inference(model, CPU, torch.float32)(idx)[0], expected, atol=1e-5)
 
 
-def test_logits_with_much_in_common_keep_their_differences_in_bfloat16():
+def test_logits_with_a_large_common_offset_keep_their_differences_in_bfloat16():
     """As GPT-2's do, which lie around -100."""
     model = make_model(vocab_size=1030, tie_weights=False, n_embd=64)
     idx = torch.randint(1030, (1, 16))

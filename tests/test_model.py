@@ -103,7 +103,7 @@ def test_initialisation_is_gpt2s():
             assert abs(p.std() / std - 1) < 0.05, name
 
 
-def test_padding_of_the_vocabulary_is_never_seen():
+def test_vocabulary_padding_never_shows():
     model = make_model(vocab_size=1030)
     assert model.transformer.wte.weight.shape[0] == 1088 and GPTConfig().padded_vocab_size == 50304
     with torch.no_grad():

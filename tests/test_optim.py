@@ -32,7 +32,7 @@ def test_learning_rate_of_short_runs_is_finite(warmup, decay, schedule):
 
 @pytest.mark.parametrize("schedule, corners", [("linear", [(10, 1e-3), (110, 1e-4)]),
                                                ("wsd", [(10, 1e-3), (77, 1e-3), (110, 1e-4)])])
-def test_straight_schedules_join_their_corners(schedule, corners):
+def test_linear_schedules_pass_through_their_corners(schedule, corners):
     cfg = config(learning_rate=1e-3, min_lr=1e-4, warmup_iters=10, lr_decay_iters=110, lr_schedule=schedule,
                       decay_fraction=0.3)
     corners = [(0, 1e-3 / 11), *corners, (200, 1e-4)]

@@ -178,7 +178,7 @@ def test_resuming_with_other_data(with_run):
                     "the data set is not the one that checkpoints/first/step_00000002.pt was trained on: fox")
 
 
-def test_resuming_where_there_is_nothing_starts_with_the_defaults(prepared):
+def test_resuming_without_a_checkpoint_starts_from_the_defaults(prepared):
     assert check_run(*read_values(["--dataset=fox", "--resume", "--device=cpu"])).n_layer == 4
 
 
@@ -201,7 +201,7 @@ def test_weights_decide_the_shape_that_is_left_open(prepared):
     assert check_run(*read_values(["--dataset=fox", "--n_layer=7", "--device=cpu"])).n_layer == 7
 
 
-def test_a_shape_that_the_weights_do_not_have(prepared):
+def test_a_shape_that_contradicts_the_weights_is_refused(prepared):
     write_weights(prepared / "w")
     assert_problems(refused("--dataset=fox", "--init_from=w", "--n_layer=5", "--n_head=a", "--n_embd=51",
                             "--block_size=65", "--mlp=swiglu", "--device=tpu"),
@@ -224,7 +224,7 @@ def test_published_weights_are_not_fetched_by_the_check(here):
     assert list(here.iterdir()) == []
 
 
-def test_weights_that_are_not_there(prepared):
+def test_missing_weights_are_refused(prepared):
     problems = refused("--dataset=fox", "--init_from=gpt3", "--n_head=5", "--beta1=2", "--device=cpu")
     # Nothing about 5 heads in the default width: the weights' width is not known.
     assert_problems(problems, "gpt3 is neither one of gpt2", "beta1 must be")
@@ -247,7 +247,7 @@ def test_ids_that_do_not_fit_are_refused_by_the_run(prepared):
     assert not (prepared / "checkpoints").exists() and not (prepared / "runs").exists()
 
 
-def test_weights_whose_characters_are_others_are_refused_by_the_run(prepared):
+def test_another_character_vocabulary_is_refused_by_the_run(prepared):
     write_weights(prepared / "w")
     path = prepared / "w/tokenizer.json"
     path.write_text(path.read_text().replace('"q"', '"Q"'))

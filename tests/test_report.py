@@ -84,7 +84,7 @@ def test_the_table_at_the_start(steps, capsys):
         f"device   CPU, {torch.get_num_threads()} threads; float32; not compiled\n")
 
 
-def test_where_a_run_starts_from(steps, capsys):
+def test_the_start_line_says_where_a_run_starts(steps, capsys):
     s = steps(Progress(step=30), resume=True)
     s.run.restored_from, s.run.changes = s.cfg.run_dir / "step_00000030.pt", [("seed", 1, 2), ("epochs", None, 3.0)]
     s.trainer.compile_error, s.trainer.forward = "no compiler", object()
@@ -104,7 +104,7 @@ def test_a_resume_without_a_checkpoint_says_so(steps, capsys):
     assert capsys.readouterr().out.startswith(f"no checkpoint in {s.cfg.run_dir}: starting at step 0\n")
 
 
-def test_progress_lines_have_the_mean_loss_and_their_place(steps, capsys):
+def test_progress_lines_have_the_mean_loss_and_their_position(steps, capsys):
     s = steps(max_iters=20)
     s.take(3.0)
     s.report.training()
@@ -130,7 +130,7 @@ def test_time_is_estimated_once_and_epochs_are_timed(steps, capsys, monkeypatch)
                      "epoch took 0 s", "epoch took 0 s"]
 
 
-def test_speed_is_of_tokens_and_of_the_devices_peak(steps, monkeypatch, capsys):
+def test_speed_in_tokens_and_mfu(steps, monkeypatch, capsys):
     s = steps(gradient_accumulation_steps=2)
     monkeypatch.setattr(s.report.timer, "mean", lambda: 0.25)
     monkeypatch.setattr(core.report, "peak_flops", lambda device: 1e9)

@@ -126,7 +126,7 @@ def test_stop_texts_against_a_search_in_the_whole_text():
     assert seen == {"stop", "length"}
 
 
-def test_text_appears_as_it_is_made_and_ctrl_c_ends_it(alone):
+def test_text_streams_and_ctrl_c_stops_it(alone):
     process = subprocess.Popen([sys.executable, "sample.py", "--ckpt", "model.pt", "--max_new_tokens", "7000"],
                                cwd=alone, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=UNBUFFERED_IS_UNSET)
     assert len(os.read(process.stdout.fileno(), 10_000)) < 7000  # as much as there is

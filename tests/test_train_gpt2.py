@@ -94,7 +94,7 @@ def test_resumed_runs_equal_uninterrupted_ones(tmp_path, tiny_args, train_here, 
     assert logged[0]["val/loss"][17] == logged[1]["val/loss"][17]
 
 
-def test_watching_changes_no_weight(train_here):
+def test_logging_evaluating_and_saving_change_no_weight(train_here):
     expected = train_here("--dropout=0.2", name="base").state
     for i, flags in enumerate((["--eval_interval=1", "--sample_tokens=3"], ["--checkpoint_interval=5"],
                                ["--log_interval=5", "--eval_tokens=100", "--keep_checkpoints=1"])):
@@ -168,7 +168,7 @@ def test_a_signal_saves_and_resuming_is_exact(tmp_path, tiny_args, train_here, s
     assert_equal_state(resumed.state, straight.state)
 
 
-def test_a_second_signal_stops_at_once(tmp_path, tiny_args):
+def test_a_second_signal_quits_immediately(tmp_path, tiny_args):
     args = [*tiny_args, "--max_iters=4000", "--eval_interval=4000", "--checkpoint_interval=1", "--log_interval=1",
             "--gradient_accumulation_steps=300"]
     process = started("train_gpt2.py", *args, cwd=tmp_path)

@@ -44,7 +44,7 @@ def assert_same_weights(a, b):
     assert a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
 
 
-def test_accumulation_is_one_large_batch_padded_windows_too(trainer, data):
+def test_accumulation_equals_one_large_batch_even_with_padding(trainer, data):
     trainers = [trainer(batch_size=b, gradient_accumulation_steps=a, grad_clip=0) for b, a in ((8, 1), (2, 4), (1, 8))]
     x, y = data.windows([0, 1, 2, 3, 4, 5, 6, len(data) - 1])
     assert (y == -1).any()
@@ -128,7 +128,7 @@ POISONS = [("weights", "adamw"), ("loss", "adamw"), ("gradient", "adamw"), ("gra
 
 
 @pytest.mark.parametrize("what, optimizer", POISONS)
-def test_bad_numbers_never_reach_the_weights_or_the_disk(trainer, corpus, data, tmp_path, what, optimizer):
+def test_non_finite_values_never_reach_the_weights_or_the_disk(trainer, corpus, data, tmp_path, what, optimizer):
     t = trainer(optimizer=optimizer, out_dir=str(tmp_path))
     batch = data.windows(range(4))
     t.step(batch, 0)
@@ -145,7 +145,7 @@ def test_bad_numbers_never_reach_the_weights_or_the_disk(trainer, corpus, data, 
 
 
 @pytest.mark.parametrize("what, optimizer", POISONS)
-def test_where_steps_do_not_wait_the_next_look_stops_the_run(trainer, corpus, data, tmp_path, what, optimizer):
+def test_asynchronous_steps_stop_at_the_next_check(trainer, corpus, data, tmp_path, what, optimizer):
     t = trainer(optimizer=optimizer, out_dir=str(tmp_path))
     batch = data.windows(range(4))
     t.step(batch, 0)
@@ -179,7 +179,7 @@ def test_the_gradient_scaler_looks_for_its_scale_without_diverging(trainer, data
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_state_restored_continues_bit_for_bit(trainer, data, optimizer):
+def test_a_restored_state_continues_bit_for_bit(trainer, data, optimizer):
     straight, parts = (trainer(optimizer=optimizer, dropout=0.2, seed=seed) for seed in (1, 2))
     parts.cfg = straight.cfg
     batches = [data.windows(range(4 * step, 4 * step + 4)) for step in range(4)]
