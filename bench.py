@@ -64,7 +64,7 @@ epochs, resume, out_dir and log_dir change nothing here: no file is kept.
 data: waiting for a batch and sending it to the device. optimizer: everything after the last backward pass: clipping,
 the update, the check for finite values. MFU: FLOP/s of the step (6 per parameter and token, plus attention's) over
 the device's bf16 peak from its data sheet, or on a CPU over the fastest 2048 x 2048 matrix product in the step's
-number format, measured on the spot; n/a for a card without a known peak. Results are medians (lower to upper quartile).
+dtype, measured on the spot; n/a for a card without a known peak. Results are medians (lower to upper quartile).
 """
 
 
@@ -384,7 +384,7 @@ def with_spread(values: Spread | None, digits: int = 0) -> str:
 def rows_of(run: dict, memory_is: str) -> Iterator[tuple[str, str]]:
     """One contender's (label, value) rows."""
     mfu, peak, memory = run["mfu"], run["peak_flops"], run["peak_memory_bytes"]
-    yield "number format", run["dtype"] + (", compiled" if run["compiled"] else ", not compiled")
+    yield "dtype", run["dtype"] + (", compiled" if run["compiled"] else ", not compiled")
     yield "parameters", f"{run['parameters']:,}"
     yield "ms/step", with_spread(run["ms_per_step"], 1)
     yield "tokens/s", with_spread(run["tokens_per_second"])

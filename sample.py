@@ -235,20 +235,21 @@ def parse_args(argv: list[str]) -> Namespace:
     parser.add_argument("--top_k", type=number(int, low=0, below=2**32), default=200,
                         help="keep the k most likely tokens; 0: off (default 200)")
     parser.add_argument("--top_p", type=number(float, above=0, high=1), default=1.0,
-                        help="keep the fewest likeliest tokens with this total probability; 1: off (default 1)")
+                        help="keep the smallest set of most likely tokens with this total probability; 1: off "
+                             "(default 1)")
     parser.add_argument("--min_p", type=number(float, low=0, high=1), default=0.0,
-                        help="keep tokens at least this many times as likely as the likeliest; 0: off (default 0)")
+                        help="keep tokens at least this fraction as likely as the most likely; 0: off (default 0)")
     parser.add_argument("--repetition_penalty", type=number(float, low=0.01, high=100), default=1.0,
                         help="above 1: penalise tokens already in the text (default 1)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT",
-                        help="stop just before the given string, even if it spans several tokens; may be given "
-                             "several times (bash: $'\\n' is a line break)")
+                        help="stop just before the given string, even if it spans several tokens; "
+                             "repeatable (bash: $'\\n' is a line break)")
     parser.add_argument("--seed", type=number(int, low=0, below=2**32), default=1337,
-                        help="sample i is what --seed SEED+i gives alone (default 1337)")
+                        help="sample i is what --seed SEED+i alone would give (default 1337)")
     parser.add_argument("--data_dir", default="data", help="where published weights are kept (default: data)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
-                        help="number format of the weights; auto: bfloat16 where the device is fast at it, but float32 "
+                        help="dtype of the weights; auto: bfloat16 where the device is fast at it, but float32 "
                              "for --score")
     parser.add_argument("--json", action="store_true", help="print one JSON object per sample (or score)")
     args = parser.parse_args(argv)
@@ -264,7 +265,7 @@ def main(argv: list[str]) -> None:
         model, tokenizer = load(args.ckpt, args.data_dir)
         if args.score is not None:
             return score(model, tokenizer, args, device)
-        for stop in args.stop:  # one that cannot be generated would never stop anything
+        for stop in args.stop:  # one that cannot be generated would never match
             encode(tokenizer, checked_text(stop, "a --stop string"), f"--stop {stop!r}")
         prompt = tokenizer.start if args.prompt is None else read_prompt(args.prompt)
         prepare_for_inference(model, device, choose_dtype(args.dtype, device))

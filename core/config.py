@@ -84,7 +84,7 @@ class TrainConfig:
     seed: int = knob(1337, "seed for initialisation, data order and dropout", low=0, below=2**32)
     # machine
     device: str = knob("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: str = knob("auto", "number format of the forward pass",
+    dtype: str = knob("auto", "dtype of the forward pass",
                       choices=("auto", "float32", "bfloat16", "float16"))
     compile: str = knob("auto", "torch.compile the model; auto: on CUDA", choices=("auto", "true", "false"))
 

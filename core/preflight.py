@@ -26,7 +26,7 @@ def collected(problems: Problems, where: str) -> Iterator[None]:
 
 
 def check_run(values: Values, problems: Problems) -> TrainConfig:
-    """The config of `values`, with its device, number format and compilation chosen.
+    """The config of `values`, with its device, dtype and compilation chosen.
 
     The weights it starts from (its checkpoint's, or those of init_from) supply the shape fields that `values` omit.
     UserError with `problems` and every further one that can be found now.
@@ -62,7 +62,7 @@ def check_run(values: Values, problems: Problems) -> TrainConfig:
 
 
 def choose_machine(cfg: TrainConfig) -> dict[str, str]:
-    """Device, number format and whether to compile. UserError for what this machine does not have."""
+    """Device, dtype and whether to compile. UserError for what this machine does not have."""
     device = choose_device(cfg.device)
     wanted = {"auto": str(device.type == "cuda").lower()}.get(cfg.compile, cfg.compile)
     return {"device": str(device), "dtype": dtype_name(choose_dtype(cfg.dtype, device)), "compile": wanted}

@@ -95,7 +95,7 @@ def test_table(tiny_args, peer, capsys):
     assert bench.main([*tiny_args, "--steps=2", "--warmup=2", "--decode_tokens=2", f"--peer={peer}"]) == 0
     rows = table_rows(capsys.readouterr().out)
     assert rows[""] == ["ours", "peer"]
-    assert rows["number format"] == ["float32, not compiled"] * 2
+    assert rows["dtype"] == ["float32, not compiled"] * 2
     assert rows["peak RSS of the process"][1] == rows["decode tokens/s"][1] == "n/a"
     shares = [float(rows[f"time in {phase}"][0].rstrip("%")) for phase in bench.PHASES]
     assert sum(shares) == pytest.approx(100, abs=0.3)
