@@ -3,6 +3,7 @@
     python export_hf.py --ckpt checkpoints/shakespeare/best.pt --out exported
 """
 
+import shlex
 from pathlib import Path
 
 from core.checkpoint import find_checkpoint, load_model
@@ -28,7 +29,7 @@ def main(argv: list[str]) -> None:
     write_pretrained(args.out, model, tokenizer)
     print(f"{path} -> {args.out}: {model.n_params():,} parameters, {tokenizer.kind} tokenizer with "
           f"{tokenizer.vocab_size:,} symbols; open it with transformers' AutoModelForCausalLM and "
-          f"AutoTokenizer.from_pretrained({str(args.out)!r}), or here with --init_from={args.out}")
+          f"AutoTokenizer.from_pretrained({str(args.out)!r}), or here with --init_from={shlex.quote(str(args.out))}")
 
 
 if __name__ == "__main__":

@@ -38,8 +38,9 @@ def main(argv: list[str]) -> None:
                         f"--input FILE... --name NAME for your own text")
     changed = args.input or args.tokenizer or args.val_fraction or args.max_lines
     name = args.name or (args.corpus if not changed else None)
-    if not name or not is_plain_name(name) or (changed and name in CORPORA):
-        raise UserError(f"your own data set needs --name NAME, a plain directory name other than {builtin}")
+    if not name or not is_plain_name(name) or (name in CORPORA and (changed or name != args.corpus)):
+        raise UserError(f"a data set of your own, or a variant, needs --name NAME, a plain directory name other than "
+                        f"{builtin}")
     load_text, tokenizer_kind = CORPORA.get(args.corpus, (None, "char"))
     text = "".join(map(read_text, args.input)) if args.input else load_text(args.data_dir)
     if args.max_lines:

@@ -111,22 +111,25 @@ def train_model(config_path: str | None = None, data_path: str | None = None, ep
                 save_path: str | None = None, **fields: object) -> tuple[GPT, TokenDataset]:
     """Train from Python; return (model, training data with its `tokenizer`).
 
-    config_path: a config file. data_path: a UTF-8 text, prepared under its stem with the tokenizer of
-    the config's own data set. epochs and other `fields` override the file. save_path: where the last
-    checkpoint is copied to. UserError for what is wrong with any of them.
+    config_path: a config file. data_path: a UTF-8 text, prepared as a data set named after the file, with
+    GPT-2's tokenizer if the config's data set is a built-in one that has it, else as characters. epochs and other
+    `fields` override the file. save_path: copy the last checkpoint here. UserError if any of these is invalid.
     """
     values, problems = file_values(config_path, fields | ({} if epochs is None else {"epochs": epochs}))
+    if save_path and Path(save_path).is_dir():
+        problems.append(f"save_path={save_path} is a directory: give a file name")
     if data_path:
+        _, tokenizer_kind = CORPORA.get(values.get("dataset", TrainConfig.dataset), (None, "char"))
+        values["dataset"] = Path(data_path).stem
         draft, invalid = build_config(values, unknown=SHAPE)
         if problems or invalid:
             raise UserError(*problems, *invalid)
-        _, tokenizer_kind = CORPORA.get(draft.dataset, (None, "char"))
-        values["dataset"] = Path(data_path).stem
-        prepare_text(read_text(data_path), values["dataset"], tokenizer_kind, draft.data_dir)
+        prepare_text(read_text(data_path), draft.dataset, tokenizer_kind, draft.data_dir)
     cfg = check_run(values, problems)
-    trained = train(cfg)
     if save_path:
         make_directory(Path(save_path).parent)
+    trained = train(cfg)
+    if save_path:
         with atomic_write(Path(save_path)) as [temporary]:
             shutil.copyfile(newest_first(cfg.run_dir)[0], temporary)
     return trained.model, trained.data
@@ -142,8 +145,7 @@ def main(argv: list[str]) -> int:
             trained = train(cfg)
     except Diverged as error:
         newest = next(iter(newest_first(cfg.run_dir)), "none")
-        print(f"error: {error}; last good checkpoint: {newest}; try a lower learning_rate, a longer warmup_iters or a "
-              f"smaller grad_clip", file=sys.stderr)
+        print(f"error: {error}; last good checkpoint: {newest}", file=sys.stderr)
         return 3
     if trained.signal:
         again = [*argv, *([] if cfg.resume else ["--resume"])]

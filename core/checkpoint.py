@@ -127,6 +127,8 @@ def load_model(path: str | Path) -> tuple[GPT, Tokenizer, dict]:
         if is_out_of_memory(error):
             raise
         raise UserError(f"the weights in {path} do not fit its config: {first_line(error)}") from None
+    if not all(bool(p.isfinite().all()) for p in model.parameters()):
+        raise UserError(f"the weights in {path} are not all finite: use another checkpoint")
     return model, tokenizer, content
 
 
@@ -181,7 +183,7 @@ def find_checkpoint(path: str | Path) -> Path:
     path = Path(path)
     if path.is_file():
         return path
-    found = [file for pattern in ("*.pt", "*/*.pt") for file in path.glob(pattern)]
+    found = [file for pattern in ("*.pt", "*/*.pt") for file in path.glob(pattern) if file.is_file()]
     if not found:
         what = "has no checkpoints" if path.is_dir() else "is neither a file nor a run directory"
         raise UserError(f"{path} {what}: train first (python train_gpt2.py configs/quickstart.py) or give --ckpt FILE")

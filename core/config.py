@@ -186,7 +186,7 @@ def parse_flag(name: str, text: str) -> object:
 def read_config_file(path: str) -> tuple[Values, Problems]:
     """The values in a config file: `name = value` lines, which are never executed."""
     try:
-        tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+        tree = ast.parse(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         return {}, [f"cannot read config file {path}: {error.strerror}"]
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -248,7 +248,8 @@ def read_values(argv: Sequence[str]) -> tuple[Values, Problems]:
 def file_values(path: str | None, overrides: Values) -> tuple[Values, Problems]:
     """A config file's values, updated by `overrides`; run_name defaults to the file's stem or the data set's name."""
     values, problems = read_config_file(path) if path else ({}, [])
-    values |= overrides
+    problems += [f"unknown field {name}{nearest(name, FIELDS)}" for name in overrides if name not in FIELDS]
+    values |= {name: value for name, value in overrides.items() if name in FIELDS}
     if values.get("run_name") is None:
         values["run_name"] = Path(path).stem if path else values.get("dataset", TrainConfig.dataset)
     return values, problems

@@ -15,7 +15,7 @@ import numpy as np
 from core.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, tokenizer_from_state
 from lib.cli import UserError
 from lib.download import Source, fetch_source
-from lib.files import atomic_write, lock_directory, read_text, sha256_of
+from lib.files import atomic_write, lock_directory, read_text, reason, sha256_of
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
@@ -116,7 +116,7 @@ def write_corpus(directory: Path, tokenizer: Tokenizer, ids: dict[str, np.ndarra
                     meta["splits"][split] = {"tokens": len(ids[split]), "bytes": n_bytes, "sha256": sha256_of(file)}
                 meta_file.write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"cannot write the data set {directory}: {error.strerror}") from None
+            raise UserError(f"cannot write the data set {directory}: {reason(error)}") from None
 
 
 def read_meta(directory: Path) -> dict:
@@ -133,7 +133,7 @@ def read_meta(directory: Path) -> dict:
             raise UserError(f"{path} has format {meta['format_version']!r}, not {FORMAT_VERSION}; {PREPARE_AGAIN}")
         for split in SPLITS:
             sizes = meta["splits"][split]
-            if not (type(sizes["tokens"]) is int and sizes["tokens"] > 0 and isinstance(sizes["sha256"], str)):
+            if not (type(sizes["tokens"]) is int and sizes["tokens"] > 1 and isinstance(sizes["sha256"], str)):
                 raise TypeError(f"splits.{split} is wrong")
         if not isinstance(meta["tokenizer"], dict) or type(meta["vocab_size"]) is not int:
             raise TypeError("tokenizer or vocab_size is wrong")

@@ -39,6 +39,9 @@ def check_run(values: Values, problems: Problems) -> TrainConfig:
             path, saved = peek(draft.run_dir)
         elif draft.run_name:
             refuse_to_overwrite(draft.run_dir)
+    for name, directory in (("out_dir", draft.out_dir), ("log_dir", draft.log_dir), ("data_dir", draft.data_dir)):
+        with collected(problems, f"{name}={directory}"):
+            check_directory(name, Path(directory))
     with collected(problems, f"init_from={draft.init_from}"):
         if draft.init_from and not saved:
             weights = huggingface.find(draft.init_from, draft.data_dir)
@@ -57,8 +60,15 @@ def check_run(values: Values, problems: Problems) -> TrainConfig:
     with collected(problems, f"device={cfg.device}"):
         machine = choose_machine(cfg)
     if problems:
-        raise UserError(*problems)
+        raise UserError(*dict.fromkeys(problems))
     return dataclasses.replace(cfg, **machine)
+
+
+def check_directory(name: str, directory: Path) -> None:
+    """UserError if `directory` neither is a directory nor can become one."""
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"{name}={directory}: {existing} is not a directory")
 
 
 def choose_machine(cfg: TrainConfig) -> dict[str, str]:
@@ -97,6 +107,8 @@ def check_data(cfg: TrainConfig, path: Path | None, saved: dict | None,
             check_same_data(path, saved, cfg.dataset, fingerprint_of(meta))
     elif cfg.dataset in CORPORA:
         kind, vocab_size = CORPORA[cfg.dataset][1], None  # known once it is prepared
+        if saved and saved["config"].get("dataset") != cfg.dataset:
+            check_same_data(path, saved, cfg.dataset, "not prepared")
     else:
         known = sorted({*CORPORA, *(meta.parent.name for meta in Path(cfg.data_dir).glob("*/meta.json"))})
         raise UserError(f"unknown dataset {cfg.dataset}{nearest(cfg.dataset, known)}: there are {', '.join(known)}; "

@@ -123,7 +123,8 @@ class Trainer:
     def diverged(self, step: int, what: str) -> Diverged:
         """Build the Diverged error for a non-finite `what` at optimizer step `step`, which counts from 0."""
         return Diverged(f"training diverged at step {step + 1}: {what} not finite, at learning rate "
-                        f"{learning_rate_at(step, self.cfg):g}")
+                        f"{learning_rate_at(step, self.cfg):g}; try a lower learning_rate, a longer warmup_iters or a "
+                        f"smaller grad_clip")
 
     def state_dict(self) -> dict:
         """Weights, moments and the gradient scaler's state, under their keys in a checkpoint."""

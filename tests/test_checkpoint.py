@@ -161,6 +161,8 @@ def test_find_checkpoint(tmp_path):
     assert find_checkpoint(tmp_path) == tmp_path / "a/step_00000009.pt"
     assert find_checkpoint(tmp_path / "b") == tmp_path / "b/best.pt"
     assert find_checkpoint(tmp_path / "a/best.pt") == tmp_path / "a/best.pt"
+    (tmp_path / "b/dangling.pt").symlink_to("nosuch")
+    assert find_checkpoint(tmp_path / "b") == tmp_path / "b/best.pt"
 
 
 # A model of a checkpoint
@@ -192,6 +194,7 @@ def test_a_model_comes_back(tmp_path, shape):
     (lambda c: c["config"].update(n_head=3), "do not fit its config"),
     (lambda c: c["model_state_dict"].clear(), "do not fit its config"),
     (lambda c: c["model_state_dict"].update({"lm_head.weight": 3}), "do not fit its config"),
+    (lambda c: c["model_state_dict"]["transformer.ln_f.weight"].fill_(torch.nan), "not all finite"),
     (lambda c: c["tokenizer"].update(kind="word"), "'word'"),
     (lambda c: c["tokenizer"].pop("itos"), "tokenizer"),
     (lambda c: c["tokenizer"].update(CharTokenizer("ab").state()), "do not fit its config"),

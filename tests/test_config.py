@@ -36,7 +36,7 @@ def test_all_problems_are_reported_together(tmp_path):
 
 def test_flags_in_both_forms_override_the_file(tmp_path):
     config = tmp_path / "mine.py"
-    config.write_text('"""A docstring."""\nn_layer = 3\nmax_iters = 40  # steps\nmin_lr = 4e-5\n')
+    config.write_text('\ufeff"""A docstring."""\nn_layer = 3\nmax_iters = 40  # steps\nmin_lr = 4e-5\n', "utf-8")
     cfg, problems = config_from_argv([str(config), "--n_layer=7", "--dropout", "0.5", "--resume", "--bias=False",
                                       "--epochs=none"])
     assert problems == []

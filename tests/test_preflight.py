@@ -154,6 +154,17 @@ def test_a_run_directory_that_cannot_be_looked_at(here):
                     "File name too long")
 
 
+def test_directories_that_are_files(here):
+    (here / "file").write_text("")
+    assert_problems(refused("--out_dir=file", "--log_dir=file/runs", "--data_dir=file/a/b", "--device=cpu"),
+                    "out_dir=file: file is not a directory", "log_dir=file/runs: ", "data_dir=file/a/b: ")
+
+
+def test_resuming_with_a_built_in_data_set_that_is_not_prepared(with_run):
+    assert_problems(refused("--run_name=first", "--resume", "--dataset=pydoc", "--device=cpu"),
+                    "fox (fingerprint ")
+
+
 def test_resuming_takes_the_shape_from_the_checkpoint(with_run):
     values, problems = read_values(["--dataset=fox", "--run_name=first", "--resume", "--max_iters=3", "--device=cpu"])
     cfg = check_run(values, problems)

@@ -72,7 +72,7 @@ def files(tmp_path):
 @pytest.mark.parametrize("args, words", [
     ("", ["give a corpus"]),
     ("shakespear", ["unknown corpus", "did you mean shakespeare?"]),
-    ("pydoc --input good.txt", ["give a corpus"]),
+    ("pydoc --input good.txt", ["give a corpus"]), ("pydoc --name shakespeare", ["--name NAME", "shakespeare"]),
     ("--input nosuch.txt --name x", ["cannot read nosuch.txt"]),
     ("--input directory --name x", ["directory is a directory"]),
     ("--input empty.txt --name x", ["is empty"]),

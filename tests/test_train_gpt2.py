@@ -342,3 +342,18 @@ def test_train_is_callable_without_a_script(data_dir, tmp_path):
                          run_name="tiny"), [])
     result = train(cfg)
     assert isinstance(result.model, GPT) and result.progress.step == 2 and result.signal is None
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(save_path="."), "save_path=. is a directory"),
+    (dict(save_path="input.txt/x.pt"), "Not a directory|File exists"),
+    (dict(learning_rat=1), r"unknown field learning_rat \(did you mean learning_rate\?\)"),
+    (dict(data_path=".txt"), "dataset='.txt' must be a plain directory name"),
+])
+def test_train_model_refuses_before_it_trains(tmp_path, monkeypatch, changes, words):
+    monkeypatch.chdir(tmp_path)
+    for name in ("input.txt", ".txt"):
+        (tmp_path / name).write_text("to be or not to be\n" * 40)
+    with pytest.raises(UserError, match=words):
+        train_model(**dict(data_path="input.txt", device="cpu", block_size=8, max_iters=1, sample_tokens=0) | changes)
+    assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "data/.txt").exists()
