@@ -110,8 +110,8 @@ def test_auto_picks_the_fastest_device(monkeypatch):
 
 @pytest.mark.parametrize("name, words", [
     ("tpu", "device must be auto, cpu, cuda, cuda:N or mps, not 'tpu'"), ("", "not ''"), ("cuda:x", "not 'cuda:x'"),
-    ("meta", "not 'meta'"), ("cuda:2", "device cuda:2 is not on this machine, which has 2 cuda devices"),
-    ("mps", "which has 0 mps devices: use --device=auto"), ("cpu:1", "which has 1 cpu devices"),
+    ("meta", "not 'meta'"), ("cuda:2", "device cuda:2 is not on this machine (cuda devices: 2)"),
+    ("mps", "(mps devices: 0): use --device=auto"), ("cpu:1", "(cpu devices: 1)"),
 ])
 def test_missing_devices_are_refused(monkeypatch, name, words):
     pretend_cards(monkeypatch, (8, 0), n=2)

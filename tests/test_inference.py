@@ -158,7 +158,7 @@ def test_a_cache_takes_a_prompt_and_then_single_tokens_until_it_is_full():
     cache, tokens = make_cache(model, 1), torch.zeros(1, 16, dtype=torch.int64)
     with torch.no_grad():
         next_logits(model, tokens[:, :14], cache)
-        with pytest.raises(ValueError, match="one at a time"):
+        with pytest.raises(ValueError, match="only an empty cache takes more"):
             next_logits(model, tokens[:, :2], cache)
         for _ in range(2):
             next_logits(model, tokens[:, :1], cache)
