@@ -7,7 +7,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from config import TrainConfig
-from loss import linear_cross_entropy
+from loss import fused_loss_and_gradient, linear_cross_entropy, loss_and_gradient
 from model import (
     GPT,
     GPT2_SIZES,
@@ -221,3 +221,30 @@ def test_loss_of_a_large_vocabulary_in_parts_is_the_plain_one(monkeypatch, dtype
     assert all((a.grad - b.grad).norm() < tolerance * b.grad.norm() for a, b in zip(parts, plain))
     with torch.no_grad():
         assert linear_cross_entropy(x, weight, targets, 60).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_form_for_compilers_gives_the_same_loss_and_gradient(dtype):
+    logits, ids = (4 * torch.randn(50, 64)).to(dtype), torch.randint(60, (50,))
+    ids[::7] = -1
+    logits[3, 62] = 100  # a row that pads the vocabulary
+    for wants_gradient in (True, False):
+        (nats, gradient), (expected, d) = (f(logits.clone(), ids, 60, wants_gradient)
+                                           for f in (fused_loss_and_gradient, loss_and_gradient))
+        assert nats.item() == pytest.approx(expected.item(), rel=1e-6)
+        assert (gradient is None and d is None) if not wants_gradient else torch.allclose(gradient, d, atol=1e-6)
+
+
+def test_without_gradients_the_loss_computes_none(monkeypatch):
+    asked = []
+    monkeypatch.setattr("loss.loss_and_gradient",
+                        lambda *args: asked.append(args[-1]) or loss_and_gradient(*args))
+    model = make(vocab_size=1030)
+    idx = torch.randint(1030, (2, 16))
+    model(idx, idx)[1].backward()
+    with torch.no_grad():
+        model(idx, idx)
+    with torch.inference_mode():
+        model(idx, idx)
+    model.requires_grad_(False)(idx, idx)
+    assert asked == [True, False, False, False]
