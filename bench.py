@@ -178,9 +178,9 @@ class Peer(Contender):
         self.forward = self.timed(torch.compile(self.model) if compiled else self.model)
 
     def step(self, x, y):
-        cfg = self.cfg
+        cfg, on_cuda = self.cfg, self.device.type == "cuda"
         for x_micro, y_micro in zip(x.split(cfg.batch_size), y.split(cfg.batch_size)):
-            x_micro, y_micro = (t.to(self.device, non_blocking=True) for t in (x_micro, y_micro))
+            x_micro, y_micro = (t.to(self.device, non_blocking=on_cuda) for t in (x_micro, y_micro))
             with autocast(self.device, self.dtype):
                 loss = self.forward(x_micro, y_micro)[1] / cfg.gradient_accumulation_steps
             self.scaler.scale(loss).backward()

@@ -1,7 +1,9 @@
 """Which device and number format to compute with, and how fast the device could be."""
 
 import contextlib
+import functools
 import re
+import sys
 
 import torch
 
@@ -11,14 +13,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # Dense bf16 (V100, T4: fp16) peak in FLOP/s by the makers' data sheets; the first whole name in the device's name.
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
               "A10": 125e12, "A6000": 155e12, "V100": 125e12, "T4": 65e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+# What an error says that is not torch.OutOfMemoryError: CUDA and MPS; a CPU; cuBLAS and cuDNN.
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "_STATUS_ALLOC_FAILED")
 
 
 def choose_device(name):
     """The torch.device for "auto", "cpu", "cuda", "cuda:N" or "mps", which becomes the current one.
 
-    UserError if this machine has none such.
+    UserError if this machine has none such, or a card that the installed torch is not built for.
     """
     if name == "auto":
+        warn_of_unused_cuda()
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
@@ -30,9 +35,49 @@ def choose_device(name):
     if (device.index or 0) >= n_devices[device.type]:
         raise UserError(f"device {name} is not on this machine (it has {n_devices[device.type]} of the kind); "
                         f"use --device=auto")
+    if device.type == "cuda":
+        check_card(device)
     if device.index:
         torch.cuda.set_device(device)  # streams, events and graphs belong to the current one
     return device
+
+
+@functools.cache
+def warn_of_unused_cuda():
+    """Say on stderr, once, if there is a driver and a torch for CUDA and they do not work together."""
+    if torch.version.cuda is None or torch.cuda.is_available():
+        return
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        if not re.search("no NVIDIA driver|No CUDA GPUs", str(error)):
+            print(f"warning: no CUDA: {str(error).splitlines()[0]}", file=sys.stderr)
+
+
+def check_card(device):
+    """UserError if the installed torch has no kernels for the card `device`."""
+    major, minor = torch.cuda.get_device_capability(device)
+    built_for = torch.cuda.get_arch_list()
+    if not any(runs_on(arch, major, minor) for arch in built_for):
+        raise UserError(f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, and torch "
+                        f"{torch.__version__} is built for {' '.join(built_for)}: install a build that has sm_{major}"
+                        f"{minor} (for an old card one of an older CUDA, for a new card a newer torch: "
+                        f"https://pytorch.org/get-started/locally), or use --device=cpu")
+
+
+def runs_on(arch, major, minor):
+    """Whether code for `arch` runs on compute capability (major, minor).
+
+    Machine code, "sm_86", runs on its own major version from its minor one up, "sm_90a" on its own alone; PTX,
+    "compute_90", on all that are no older. What is none of these (AMD's) is not judged.
+    """
+    parts = re.fullmatch(r"(sm|compute)_(\d+)(\d)([a-z]?)", arch)
+    if not parts:
+        return True
+    kind, wanted, special = parts[1], (int(parts[2]), int(parts[3])), parts[4]
+    if special:
+        return wanted == (major, minor)
+    return wanted <= (major, minor) and (kind == "compute" or wanted[0] == major)
 
 
 def choose_dtype(name, device):
@@ -77,10 +122,15 @@ def out_of_memory_as(message):
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        told = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-        if not told:
+        if not is_out_of_memory(error):
             raise
         raise UserError(message) from None
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that the device or the machine has no memory left (a compiler wraps it in its own)."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY))
 
 
 def device_name(device):

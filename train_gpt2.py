@@ -50,6 +50,7 @@ from device import (
     choose_dtype,
     default_generator,
     device_name,
+    is_out_of_memory,
     out_of_memory_as,
     peak_flops,
 )
@@ -279,19 +280,30 @@ class Trainer:
         wanted = self.cfg.compile == "true" or (self.cfg.compile == "auto" and self.device.type == "cuda")
         if not wanted:
             return self.model
-        compiled = torch.compile(self.model)
-        trial = torch.zeros((self.cfg.batch_size, self.cfg.block_size), dtype=torch.int64, device=self.device)
+        compiled = torch.compile(self.model, dynamic=False)
         try:
-            with autocast(self.device, self.dtype):
-                compiled(trial, trial)[1].backward()
-        except torch.OutOfMemoryError:
-            raise
+            self.try_compiled(compiled)
         except Exception as error:  # a compiler's failures have no common type
+            if is_out_of_memory(error):
+                raise
             print(f"warning: torch.compile failed, going on without it: {str(error).splitlines()[0]}", file=sys.stderr)
             return self.model
         finally:
             self.optimizer.zero_grad(set_to_none=True)
+            self.model.train()
         return compiled
+
+    def try_compiled(self, compiled):
+        """Call `compiled` as steps and evaluations will, with batches of their shapes: nothing is compiled later."""
+        cfg = self.cfg
+        for training, sequences in ((True, cfg.batch_size), (False, min(cfg.batch_size, len(self.val_data)))):
+            # Two tensors: for one given twice a graph of its own is compiled.
+            x, y = (torch.zeros((sequences, cfg.block_size), dtype=torch.int64, device=self.device) for _ in range(2))
+            self.model.train(training)
+            with torch.set_grad_enabled(training), autocast(self.device, self.dtype):
+                loss = compiled(x, y)[1]
+            if training:
+                loss.backward()
 
     def print_start(self):
         """What the run computes, on what, and how long it is."""
@@ -334,9 +346,10 @@ class Trainer:
             group["lr"] = lr
         total = torch.zeros((), device=self.device)
         n_targets = int((y >= 0).sum())
+        on_cuda = self.device.type == "cuda"  # from pinned memory; a copy to MPS has to be waited for
         for x_micro, y_micro in zip(x.split(cfg.batch_size), y.split(cfg.batch_size)):
             share = int((y_micro >= 0).sum()) / n_targets
-            x_micro, y_micro = (t.to(self.device, non_blocking=True) for t in (x_micro, y_micro))
+            x_micro, y_micro = (t.to(self.device, non_blocking=on_cuda) for t in (x_micro, y_micro))
             with autocast(self.device, self.dtype):
                 loss = self.forward(x_micro, y_micro)[1] * share
             self.scaler.scale(loss).backward()

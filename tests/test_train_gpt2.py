@@ -1,4 +1,5 @@
 import copy
+import functools
 import math
 import os
 import resource
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, assert_refused, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch._dynamo.utils import counters
 
 from checkpoint import load_checkpoint, step_checkpoints
 from config import TrainConfig, load_config
@@ -128,6 +130,43 @@ def test_gradients_are_clipped_and_the_norm_is_before_clipping(data_dir, tmp_pat
     # After the first step AdamW's first moment is (1 - beta1) * gradient.
     moments = [state["exp_avg"] for state in r.optimizer.state.values()]
     assert math.sqrt(sum((2 * m).square().sum().item() for m in moments)) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_only_copies_to_cuda_are_not_waited_for(data_dir, tmp_path, monkeypatch):
+    r, to, asked = trainer(data_dir, tmp_path), torch.Tensor.to, []
+
+    def spy(tensor, *args, **kwargs):
+        if tensor.dtype == torch.int64:  # windows
+            asked.append(kwargs.get("non_blocking", False))
+        return to(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", spy)
+    r.optimizer_step(*r.train_data.__getitems__(range(4)))
+    assert asked and not any(asked)
+
+
+def test_everything_is_compiled_before_the_first_step(data_dir, tmp_path, monkeypatch):
+    """Training and evaluation, in one batch shape each; the backend here is none."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch.compiler.reset()
+    r = trainer(data_dir, tmp_path, compile="true", batch_size=4, gradient_accumulation_steps=2, eval_tokens=300)
+    assert r.forward is not r.model and r.model.training
+    graphs = counters["stats"]["unique_graphs"]
+    for _ in range(2):
+        r.optimizer_step(*r.train_data.__getitems__(range(8)))
+        r.evaluate()
+    assert counters["stats"]["unique_graphs"] == graphs == 2 and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("words", ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling"])
+def test_out_of_memory_is_not_the_compilers_failure(data_dir, tmp_path, monkeypatch, capsys, words):
+    def fail(*args):
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(torch, "compile", lambda model, **options: fail)
+    with pytest.raises(RuntimeError, match=words[:20]):
+        trainer(data_dir, tmp_path, compile="true")
+    assert "torch.compile failed" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("poison, optimizer", [("weights", "adamw"), ("gradient", "adamw"), ("gradient", "muon")])
