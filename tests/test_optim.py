@@ -1,10 +1,12 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
 
 from config import TrainConfig
 from model import GPT, GPTConfig
-from optim import MuonAndAdamW, learning_rate_at, make_optimizer, update_unless
+from optim import BatchedMuon, MuonAndAdamW, learning_rate_at, make_optimizer, update_unless
 
 CPU = torch.device("cpu")
 
@@ -83,6 +85,46 @@ def test_muon_moves_the_matrices_of_the_blocks_and_adamw_the_rest():
             error = np.linalg.norm(p.detach().numpy() - expected)
             # Muon iterates in bfloat16.
             assert error < 0.15 * np.linalg.norm(expected - before[name]), (name, error)
+
+
+def test_batched_muon_is_torchs():
+    """Tall, wide and square matrices, several of a shape; after three steps and a resumption from torch's own state."""
+    torch.manual_seed(0)
+    shapes = [(24, 8), (8, 24), (8, 8)] * 3
+    starts = [torch.randn(shape) for shape in shapes]
+    gradients = [[torch.randn(shape) * 10.0 ** (i - 2) for i, shape in enumerate(shapes)] for _ in range(4)]
+    options = dict(lr=0.01, weight_decay=0.1, momentum=0.8, adjust_lr_fn="match_rms_adamw")
+    weights, optimizers = [], []
+    for kind in (torch.optim.Muon, BatchedMuon):
+        weights.append([torch.nn.Parameter(start.clone()) for start in starts])
+        optimizers.append(kind(weights[-1], **options))
+
+    def step(i, k):
+        for p, gradient in zip(weights[i], gradients[k]):
+            p.grad = gradient.clone()
+        optimizers[i].step()
+
+    for k in range(4):
+        step(0, k)
+        step(1, k)
+        if k == 1:
+            optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+        for p, q, start in zip(*weights, starts):
+            assert (p - q).norm() < 1e-3 * (p - start).norm()
+    assert optimizers[1].state_dict().keys() == optimizers[0].state_dict().keys()
+
+
+def test_a_bad_gradient_leaves_batched_muon_finite():
+    weights = [torch.nn.Parameter(torch.randn(8, 8)) for _ in range(2)]
+    before = [p.detach().clone() for p in weights]
+    optimizer = BatchedMuon(weights, lr=0.01, weight_decay=0.0)
+    for p in weights:
+        p.grad = torch.full((8, 8), float("nan"))
+    optimizer.step(torch.tensor(True))
+    assert all(torch.equal(p, q) for p, q in zip(weights, before))
+    assert all((state["momentum_buffer"] == 0).all() for state in optimizer.state.values())
+    optimizer.step(torch.tensor(False))
+    assert weights[0].isnan().all()
 
 
 def test_every_parameter_is_in_one_group():
