@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import re
 import sys
 
@@ -37,6 +38,7 @@ def choose_device(name):
                         f"use --device=auto")
     if device.type == "cuda":
         check_card(device)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as `reproducible` needs
     if device.index:
         torch.cuda.set_device(device)  # streams, events and graphs belong to the current one
     return device
@@ -106,6 +108,33 @@ def autocast(device, dtype):
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype)
+
+
+def use_tf32(device, dtype):
+    """Where float32 is asked for on CUDA, let products have TF32's 10 bits, for speed; whether they have."""
+    if device.type != "cuda" or dtype != torch.float32 or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    torch.set_float32_matmul_precision("high")
+    return True
+
+
+@contextlib.contextmanager
+def reproducible(device):
+    """While entered, what is computed on CUDA has the same bits each time: a resumed run equals an uninterrupted one.
+
+    Else the backward passes of attention and, compiled, of the embedding add in the order in which threads come.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # which takes time, and helps to find mistakes only
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 def default_generator(device):

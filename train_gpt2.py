@@ -53,6 +53,8 @@ from device import (
     is_out_of_memory,
     out_of_memory_as,
     peak_flops,
+    reproducible,
+    use_tf32,
 )
 from errors import UserError, run_script
 from evaluation import evaluate, perplexity
@@ -210,6 +212,7 @@ class Trainer:
         remove_leftovers(self.run_dir)
         self.device = choose_device(cfg.device)
         self.dtype = choose_dtype(cfg.dtype, self.device)
+        self.tf32 = use_tf32(self.device, self.dtype)
         self.generator = default_generator(self.device)
         torch.manual_seed(cfg.seed)
         self.model = GPT(GPTConfig.of(vars(cfg), tokenizer.vocab_size)).to(self.device)
@@ -300,10 +303,11 @@ class Trainer:
             # Two tensors: for one given twice a graph of its own is compiled.
             x, y = (torch.zeros((sequences, cfg.block_size), dtype=torch.int64, device=self.device) for _ in range(2))
             self.model.train(training)
-            with torch.set_grad_enabled(training), autocast(self.device, self.dtype):
-                loss = compiled(x, y)[1]
             if training:
-                loss.backward()
+                self.backward(compiled, x, y, share=1.0)
+            else:
+                with torch.no_grad(), autocast(self.device, self.dtype):
+                    compiled(x, y)
 
     def print_start(self):
         """What the run computes, on what, and how long it is."""
@@ -318,7 +322,8 @@ class Trainer:
               f"step     {cfg.gradient_accumulation_steps} x {cfg.batch_size} sequences = {tokens:,} tokens\n"
               f"length   {cfg.max_iters:,} steps; {steps_per_epoch:.1f} steps an epoch of {len(self.train_data):,} "
               f"windows\n"
-              f"device   {device_name(self.device)}; {str(self.dtype).removeprefix('torch.')}; "
+              f"device   {device_name(self.device)}; {str(self.dtype).removeprefix('torch.')}"
+              f"{' with TF32 products' if self.tf32 else ''}; "
               f"{'not compiled' if self.forward is self.model else 'compiled'}", flush=True)
 
     def print_expected_time(self):
@@ -331,6 +336,14 @@ class Trainer:
         """The windows (x, y) of each step still to do, as optimizer_step takes them."""
         return step_loader(self.train_data, self.sequences, self.cfg.seed, self.progress.step, self.cfg.max_iters,
                            pin_memory=self.device.type == "cuda")
+
+    def backward(self, forward, x, y, share):
+        """Add the gradients of share * the loss of x, y on the device to the parameters'; that loss, detached."""
+        with reproducible(self.device):
+            with autocast(self.device, self.dtype):
+                loss = forward(x, y)[1] * share
+            self.scaler.scale(loss).backward()
+        return loss.detach()
 
     def optimizer_step(self, x, y):
         """One update from a step's windows x, y, int64 (sequences, block_size), on the CPU.
@@ -350,10 +363,7 @@ class Trainer:
         for x_micro, y_micro in zip(x.split(cfg.batch_size), y.split(cfg.batch_size)):
             share = int((y_micro >= 0).sum()) / n_targets
             x_micro, y_micro = (t.to(self.device, non_blocking=on_cuda) for t in (x_micro, y_micro))
-            with autocast(self.device, self.dtype):
-                loss = self.forward(x_micro, y_micro)[1] * share
-            self.scaler.scale(loss).backward()
-            total += loss.detach()
+            total += self.backward(self.forward, x_micro, y_micro, share)
         self.scaler.unscale_(self.optimizer)
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, cfg.grad_clip or math.inf)
         self.update_while_finite(total)

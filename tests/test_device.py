@@ -2,7 +2,15 @@ import pytest
 import torch
 
 import device
-from device import check_card, choose_device, is_out_of_memory, out_of_memory_as, warn_of_unused_cuda
+from device import (
+    check_card,
+    choose_device,
+    is_out_of_memory,
+    out_of_memory_as,
+    reproducible,
+    use_tf32,
+    warn_of_unused_cuda,
+)
 from errors import UserError
 
 
@@ -68,3 +76,26 @@ def test_a_driver_that_is_too_old_is_told_once(monkeypatch, capsys, reason, warn
 
 def test_code_for_one_card_runs_on_its_family():
     assert [device.runs_on("sm_86", 8, minor) for minor in (0, 6, 9)] == [False, True, True]
+
+
+def test_only_cuda_is_asked_for_the_same_bits_each_time():
+    def asked():
+        return torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+
+    with reproducible(torch.device("cpu")):
+        assert asked() == (False, True)
+    with pytest.raises(KeyError), reproducible(torch.device("cuda")):
+        assert asked() == (True, False) and not torch.is_deterministic_algorithms_warn_only_enabled()
+        raise KeyError
+    assert asked() == (False, True)
+
+
+@pytest.mark.parametrize("name, dtype, capability, expected", [
+    ("cuda", torch.float32, (9, 0), True), ("cuda", torch.float32, (7, 5), False),
+    ("cuda", torch.bfloat16, (9, 0), False), ("cpu", torch.float32, (9, 0), False),
+])
+def test_tf32_is_for_float32_on_newer_cards(monkeypatch, name, dtype, capability, expected):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    assert use_tf32(torch.device(name), dtype) == expected and asked == ["high"] * expected
