@@ -1,5 +1,7 @@
 """What generating text needs beside the model: a key-value cache, the choice of tokens, weights in a fast layout."""
 
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -25,7 +27,9 @@ class KVCache:
         """Make place for T tokens; their positions, a slice or int64 (T,)."""
         if self.static:
             self.places = self.length + self.numbers[:T]
-            self.mask = self.numbers <= self.places[:, None]  # (T, block_size)
+            # What attention adds, (T, block_size), made once for all layers.
+            self.mask = torch.zeros((T, len(self.numbers)), device=self.keys.device, dtype=self.keys.dtype)
+            self.mask.masked_fill_(self.numbers > self.places[:, None], -math.inf)
             self.length.add_(T)
         else:
             if self.length + T > len(self.numbers):

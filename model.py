@@ -27,6 +27,7 @@ GPT2_SIZES = {
 }
 
 LARGE_VOCABULARY = 1024  # from here on it is padded, and its loss computed in parts
+DRAWN_AHEAD = 64  # tokens of a text whose random numbers are drawn at once
 ROWS = 128  # queries that attention on a CPU takes at a time
 
 
@@ -345,15 +346,17 @@ class GPT(nn.Module):
         step = GraphedStep(self, cache) if cuda_graph else self.step
         tokens, windows, start = idx.repeat_interleave(num_samples, dim=0), idx, None
         try:
-            for _ in range(max_new_tokens):
+            for n in range(max_new_tokens):
                 if start == (start := self.window_start(tokens.size(1))):
                     logits = step(tokens[:, -1:], cache)
                 else:
                     logits = self.read(windows[:, start:], cache)
                 if repetition_penalty != 1:
                     logits = logits.scatter(1, tokens, penalised(logits.gather(1, tokens), repetition_penalty))
-                uniforms = torch.tensor([draw.random() for draw in draws], dtype=torch.float64)
-                new = choose_tokens(logits, uniforms, **choice)
+                if n % DRAWN_AHEAD == 0:  # on CUDA sent to the device together, not one copy for each token
+                    uniforms = torch.from_numpy(np.stack([draw.random(DRAWN_AHEAD) for draw in draws], axis=1))
+                    uniforms = uniforms.to(weight.device) if weight.is_cuda else uniforms
+                new = choose_tokens(logits, uniforms[n % DRAWN_AHEAD], **choice)
                 windows = tokens = torch.cat((tokens, new[:, None]), dim=1)
                 yield new
         finally:
