@@ -341,7 +341,7 @@ def bench(values: Values, problems: Problems, args: argparse.Namespace, random_d
 
 def measurements(trainer: Trainer, corpus: Corpus, train_data: TokenDataset, args: argparse.Namespace,
                  random_data: bool) -> dict:
-    """Measure the trainer's step, beside the peer's if there is one."""
+    """Measure the trainer's step, alongside the peer's if there is one."""
     cfg, device = trainer.cfg, trainer.device
     contenders = [warm_up(Ours(trainer, batches(train_data, cfg, 0, device)), args.warmup)]
     if args.peer:

@@ -150,7 +150,7 @@ def newest_first(run_dir: Path) -> list[Path]:
 def load_newest(run_dir: Path) -> tuple[Path, dict] | tuple[None, None]:
     """(path, content) of the run's newest intact checkpoint, with a warning for each damaged one skipped.
 
-    (None, None) when there are none. UserError when there are some and none is whole.
+    (None, None) when there are none. UserError when there are some and none is intact.
     """
     paths = newest_first(run_dir)
     for path in paths:
@@ -244,8 +244,7 @@ class Run:
         except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise
-            raise UserError(f"weights or moments in {path} do not fit its config: "
-                            f"{first_line(error)}") from None
+            raise UserError(f"weights or moments in {path} do not fit its config: {first_line(error)}") from None
         progress = Progress(**{f.name: content[f.name] for f in dataclasses.fields(Progress)})
         progress.pending_losses = [torch.tensor(loss, device=trainer.device) for loss in progress.pending_losses]
         self.restored_from = path
@@ -276,5 +275,8 @@ class Run:
                                 f"continue from the previous one with --resume") from None
             return False
         for old in step_checkpoints(self.directory)[: -self.cfg.keep_checkpoints]:
-            old.unlink()
+            try:
+                old.unlink()
+            except OSError as error:
+                warn(f"cannot delete {old}: {error.strerror}")
         return True

@@ -322,6 +322,16 @@ def test_a_full_disk_keeps_the_older_checkpoints(tmp_path, corpus, capsys):
     assert step_checkpoints(cfg.run_dir) == [step_path(cfg.run_dir, 2)]
 
 
+def test_an_old_checkpoint_that_cannot_be_deleted_does_not_end_the_run(tmp_path, corpus, capsys):
+    cfg = config(tmp_path, keep_checkpoints=1)
+    trainer = Trainer(cfg, corpus.tokenizer.vocab_size)
+    with Run(cfg, corpus) as run:
+        step_path(cfg.run_dir, 1).mkdir()
+        assert run.save(trainer, Progress(step=2), required=True)
+    assert "warning: cannot delete " in (err := capsys.readouterr().err) and "step_00000001.pt" in err
+    assert load_checkpoint(step_path(cfg.run_dir, 2))["step"] == 2
+
+
 def test_non_finite_state_is_never_saved(tmp_path, corpus):
     cfg = config(tmp_path)
     trainer = Trainer(cfg, corpus.tokenizer.vocab_size)
