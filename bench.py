@@ -10,7 +10,6 @@ import copy
 import functools
 import importlib.util
 import itertools
-import json
 import math
 import statistics
 import sys
@@ -28,12 +27,12 @@ from torch import Tensor
 from core.config import MAX_STEPS, Problems, ResolvedConfig, Values, file_values, read_command_line, resolve
 from core.corpus import SPLITS, Corpus, open_corpus, write_corpus
 from core.dataset import Batch, TokenDataset, batches
-from core.inference import generate, prepare_for_inference
+from core.inference import generate, make_cache, prepare_for_inference
 from core.preflight import check_length, check_run
 from core.report import out_of_memory_message
 from core.tokenizer import CharTokenizer
 from core.trainer import Diverged, Trainer
-from lib.cli import UserError, nearest, number, run_script
+from lib.cli import UserError, json_line, nearest, number, plural, run_script
 from lib.device import (
     Mark,
     autocast,
@@ -43,6 +42,7 @@ from lib.device import (
     out_of_memory_as,
     peak_flops,
     seconds_between,
+    send,
     synchronize,
 )
 from model import GPT2_SIZES
@@ -64,7 +64,9 @@ epochs, resume, out_dir and log_dir change nothing here: no file is kept.
 data: waiting for a batch and sending it to the device. optimizer: everything after the last backward pass: clipping,
 the update, the check for finite values. MFU: FLOP/s of the step (6 per parameter and token, plus attention's) over
 the device's bf16 peak from its data sheet, or on a CPU over the fastest 2048 x 2048 matrix product in the step's
-dtype, measured on the spot; n/a for a card without a known peak. Results are medians (lower to upper quartile).
+dtype, measured on the spot; n/a for a card without a known peak. Bandwidth in decoding: bytes of weights, keys and
+values read for each token over the speed at which the device sums a large tensor. Results are medians (lower to upper
+quartile).
 """
 
 
@@ -83,7 +85,7 @@ def rates(amount: float, seconds: list[float]) -> Spread | None:
 
 
 class Contender:
-    """A model and the training step that is timed, `step(x, y)` on the windows (x, y) of `batches`.
+    """A model and the training step that is timed, `step(batch)` for each of `batches`.
 
     Subclasses set model, dtype, compiled, generates, n_params, flops_per_token, and call forward through `timed`.
     """
@@ -135,6 +137,10 @@ class Contender:
         synchronize(self.device)
         return time.perf_counter() - start
 
+    def bytes_per_token(self, n_tokens: int) -> int | None:
+        """What decoding one of the first n_tokens tokens reads at least: weights, and keys and values up to it."""
+        return None
+
 
 class Ours(Contender):
     """A Trainer's model and step."""
@@ -142,13 +148,12 @@ class Ours(Contender):
     def __init__(self, trainer: Trainer, batches: Iterable[Batch]) -> None:
         super().__init__(trainer.device, batches)
         self.trainer, self.model, self.dtype = trainer, trainer.model, trainer.dtype
-        self.compiled, self.n_steps, self.generates = trainer.forward is not trainer.model, 0, True
+        self.compiled, self.generates = trainer.forward is not trainer.model, True
         self.n_params, self.flops_per_token = trainer.model.n_params(), trainer.model.flops_per_token()
         trainer.forward = self.timed(trainer.forward)
 
     def step(self, batch: Batch) -> None:
-        self.trainer.step(batch, self.n_steps)
-        self.n_steps += 1
+        self.trainer.step(batch)
 
     @functools.cached_property
     def decoder(self) -> torch.nn.Module:
@@ -156,7 +161,14 @@ class Ours(Contender):
         return prepare_for_inference(copy.deepcopy(self.model), self.device, self.dtype)
 
     def generate(self, idx: Tensor, n_tokens: int) -> None:
-        generate(self.decoder, idx, n_tokens, temperature=0.8, top_k=200, static_cache=self.device.type == "cuda")
+        generate(self.decoder, idx, n_tokens, temperature=0.8, top_k=200)
+
+    def bytes_per_token(self, n_tokens: int) -> int:
+        config, cache = self.model.config, make_cache(self.decoder, rows=1)
+        of_embedding = 0 if config.tie_weights else self.model.transformer.wte.weight.numel()
+        n_positions = config.block_size if self.device.type == "cuda" else min(n_tokens, config.block_size) / 2
+        of_position = 2 * config.n_layer * config.n_embd * cache.keys.element_size()
+        return int((self.n_params - of_embedding) * self.dtype.itemsize + n_positions * of_position)
 
 
 class Peer(Contender):
@@ -183,9 +195,9 @@ class Peer(Contender):
         self.generates = hasattr(self.model, "generate")
 
     def step(self, batch: Batch) -> None:
-        cfg, on_cuda = self.cfg, self.device.type == "cuda"
-        for x, y in zip(*(part.split(cfg.batch_size) for part in batch)):
-            x, y = (part.to(self.device, non_blocking=on_cuda) for part in (x, y))
+        cfg = self.cfg
+        for _, (x, y) in batch.part():
+            x, y = send(x, self.device), send(y, self.device)
             with autocast(self.device, self.dtype):
                 loss = self.forward(x, y)[1] / cfg.gradient_accumulation_steps
             self.scaler.scale(loss).backward()
@@ -279,6 +291,19 @@ def matrix_product_flops(dtype: torch.dtype, size: int = 2048, seconds: float = 
     return 2 * size**3 / fastest
 
 
+@functools.cache
+def memory_bandwidth(device: torch.device, n_bytes: int = 2**29) -> float:
+    """Bytes per second at which `device` reads memory: the fastest of a few sums of n_bytes bytes."""
+    x, seconds = torch.ones(n_bytes // 4, device=device), []
+    for _ in range(REPEATS + 1):
+        synchronize(device)
+        start = time.perf_counter()
+        x.sum()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return n_bytes / min(seconds)
+
+
 def peak_of(device: torch.device, dtype: torch.dtype) -> float | None:
     """FLOP/s that `device` could reach: a CPU's is measured in `dtype`, a card's known or None."""
     return matrix_product_flops(dtype) if device.type == "cpu" else peak_flops(device)
@@ -301,6 +326,9 @@ def metrics(contender: Contender, cfg: ResolvedConfig, decode_tokens: int) -> di
     seconds = [sum(step.values()) for step in steps]
     per_second = rates(cfg.sequences * cfg.block_size, seconds)
     peak = peak_of(contender.device, contender.dtype)
+    decoding = rates(decode_tokens, contender.decode_seconds)
+    bytes_per_token = contender.bytes_per_token(decode_tokens) if decoding else None
+    bandwidth = memory_bandwidth(contender.device) if bytes_per_token else None
     return {
         "dtype": dtype_name(contender.dtype), "compiled": contender.compiled,
         "parameters": contender.n_params, "ms_per_step": spread(1000 * s for s in seconds),
@@ -308,7 +336,8 @@ def metrics(contender: Contender, cfg: ResolvedConfig, decode_tokens: int) -> di
         "mfu": peak and per_second["median"] * contender.flops_per_token / peak, "peak_flops": peak,
         "peak_memory_bytes": contender.peak_memory,
         "share": {phase: sum(step[phase] for step in steps) / sum(seconds) for phase in PHASES},
-        "decode_tokens_per_second": rates(decode_tokens, contender.decode_seconds),
+        "decode_tokens_per_second": decoding, "memory_bandwidth": bandwidth,
+        "decode_bandwidth_share": bandwidth and decoding["median"] * bytes_per_token / bandwidth,
     }
 
 
@@ -343,10 +372,10 @@ def measurements(trainer: Trainer, corpus: Corpus, train_data: TokenDataset, arg
                  random_data: bool) -> dict:
     """Measure the trainer's step, alongside the peer's if there is one."""
     cfg, device = trainer.cfg, trainer.device
-    contenders = [warm_up(Ours(trainer, batches(train_data, cfg, 0, device)), args.warmup)]
+    contenders = [warm_up(Ours(trainer, batches(train_data, cfg, 0)), args.warmup)]
     if args.peer:
         held = torch.cuda.memory_allocated() if device.type == "cuda" else 0
-        peer = Peer(args.peer_module, args.peer, trainer, batches(train_data, cfg, 0, device), args.peer_compile)
+        peer = Peer(args.peer_module, args.peer, trainer, batches(train_data, cfg, 0), args.peer_compile)
         contenders.append(warm_up(peer, args.warmup, held))
     measure(contenders, args.steps, args.decode_tokens)
     n_bytes, seconds = (0, []) if random_data else tokenization_seconds(corpus)
@@ -393,6 +422,8 @@ def rows_of(run: dict, memory_is: str) -> Iterator[tuple[str, str]]:
     for phase in PHASES:
         yield f"time in {phase}", f"{run['share'][phase]:.1%}"
     yield "decode tokens/s", with_spread(run["decode_tokens_per_second"])
+    share, bandwidth = run["decode_bandwidth_share"], run["memory_bandwidth"]
+    yield "bandwidth in decoding", f"{share:.1%} of {bandwidth / 1e9:,.3g} GB/s" if share else "n/a"
 
 
 def table(result: dict) -> str:
@@ -408,11 +439,12 @@ def table(result: dict) -> str:
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     return "\n".join([
-        f"{cfg['run_name']}: {cfg['n_layer']} layers, {cfg['n_head']} heads, {cfg['n_embd']} wide, "
-        f"{result['vocab_size']:,} symbols; {cfg['gradient_accumulation_steps']} x {cfg['batch_size']} sequences of "
-        f"{cfg['block_size']} = {result['tokens_per_step']:,} tokens a step",
-        f"{result['device']}, torch {result['torch']}; medians (quartiles) of {result['steps']} steps after "
-        f"{result['warmup']}, decoding {result['decode_tokens']} tokens", "", *lines])
+        f"{cfg['run_name']}: {plural(cfg['n_layer'], 'layer')}, {plural(cfg['n_head'], 'head')}, {cfg['n_embd']} wide, "
+        f"{plural(result['vocab_size'], 'symbol')}; {cfg['gradient_accumulation_steps']} x "
+        f"{plural(cfg['batch_size'], 'sequence')} of {cfg['block_size']} = "
+        f"{plural(result['tokens_per_step'], 'token')} a step",
+        f"{result['device']}, torch {result['torch']}; medians (quartiles) of {plural(result['steps'], 'step')} after "
+        f"{result['warmup']}, decoding {plural(result['decode_tokens'], 'token')}", "", *lines])
 
 
 def read_run(argv: list[str]) -> tuple[Values, Problems, bool]:
@@ -451,7 +483,7 @@ def main(argv: list[str]) -> int:
         except Diverged as error:
             print(f"error: {error}", file=sys.stderr)
             return 3
-    print(json.dumps(result) if args.json else table(result))
+    print(json_line(result) if args.json else table(result))
     return 0
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lib.kernels import IGNORE_INDEX, Dropout, causal_attention, linear_cross_entropy
 
@@ -22,6 +23,12 @@ GPT2_SIZES = {
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 355M
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
+}
+GELU = {"gelu": "tanh", "gelu_erf": "none"}  # the approximation that GPT-2 was trained with, and the exact function
+KINDS = {
+    "norm": ("layernorm", "rmsnorm"),
+    "mlp": ("gelu", "gelu_erf", "swiglu", "relu2"),
+    "pos": ("learned", "sinusoidal", "rope"),
 }
 LARGE_VOCABULARY = 1024  # from this size on it is padded, and its loss computed in chunks
 
@@ -64,7 +71,7 @@ class KVCache:
     values: Tensor  # (L, B, H, block_size, D)
     positions: slice | Tensor = field(default_factory=lambda: slice(0, 0))  # of this pass's tokens; int64 (T,)
     length: int = 0  # number of keys attended to
-    mask: Tensor | None = None  # bool (T, length), the keys each token attends to; None: causal
+    mask: Tensor | None = None  # (T, length), added to the scores: -inf hides a key; None: causal
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Take in a layer's k and v (B, H, T, D) of this pass; attention of q to all its keys, (B, H, T, D)."""
@@ -82,15 +89,15 @@ def make_norm(config: GPTConfig) -> nn.Module:
     return nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
 
 
-def rotation_angles(length: int, width: int) -> Tensor:
-    """position / 10000^(2i / width), float64 (length, width / 2)."""
-    frequencies = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-    return torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
+def rotation_angles(length: int, width: int, dtype: torch.dtype) -> Tensor:
+    """position / 10000^(2i / width), (length, width / 2), computed in `dtype`."""
+    frequencies = 1.0 / 10000.0 ** (torch.arange(0, width, 2, dtype=dtype) / width)
+    return torch.outer(torch.arange(length, dtype=dtype), frequencies)
 
 
 def sinusoidal_table(length: int, width: int) -> Tensor:
     """Vaswani et al.'s position encodings, float32 (length, width): sines in even columns, cosines in odd."""
-    angles = rotation_angles(length, width)
+    angles = rotation_angles(length, width, torch.float64)
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1).float()
 
 
@@ -142,8 +149,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
         x = self.c_fc(x)
-        if self.kind == "gelu":
-            x = F.gelu(x, approximate="tanh")  # the form GPT-2 was trained with
+        if self.kind in GELU:
+            x = F.gelu(x, approximate=GELU[self.kind])
         elif self.kind == "relu2":
             x = F.relu(x).square()  # So et al. 2021
         else:
@@ -166,11 +173,16 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
+    activation_checkpointing = False  # keep only the blocks' inputs for the backward pass, compute the rest again
+
     def __init__(self, config: GPTConfig) -> None:
         """ValueError for an impossible shape."""
         super().__init__()
         if config.n_embd % config.n_head:
             raise ValueError(f"n_embd {config.n_embd} is not divisible by n_head {config.n_head}")
+        for name, kinds in KINDS.items():
+            if getattr(config, name) not in kinds:
+                raise ValueError(f"{name} {getattr(config, name)!r} is none of {', '.join(kinds)}")
         self.config = config
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
@@ -185,9 +197,10 @@ class GPT(nn.Module):
             table = sinusoidal_table(config.block_size, config.n_embd)
             self.register_buffer("positions", table, persistent=False)
         else:
-            angles = rotation_angles(config.block_size, config.n_embd // config.n_head)
-            self.register_buffer("cos", angles.cos().float(), persistent=False)
-            self.register_buffer("sin", angles.sin().float(), persistent=False)
+            # float32, as Llama's code has it: exported weights compute the same.
+            angles = rotation_angles(config.block_size, config.n_embd // config.n_head, torch.float32)
+            self.register_buffer("cos", angles.cos(), persistent=False)
+            self.register_buffer("sin", angles.sin(), persistent=False)
         self.apply(self._init_weights)
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
@@ -238,7 +251,11 @@ class GPT(nn.Module):
             rotation = self.cos[positions], self.sin[positions]  # (T, D / 2) each
         x = self.transformer.drop(x)
         for layer, block in enumerate(self.transformer.h):
-            x = block(x, rotation, layer, cache)
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, rotation, layer, cache, use_reentrant=False,
+                               preserve_rng_state=self.config.dropout > 0)
+            else:
+                x = block(x, rotation, layer, cache)
         return self.transformer.ln_f(x)
 
     def logits(self, x: Tensor) -> Tensor:

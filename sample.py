@@ -4,11 +4,11 @@
     python sample.py --ckpt checkpoints/quickstart/best.pt --prompt "def " --temperature 0
     python sample.py --ckpt gpt2 --interactive
     python sample.py --ckpt --score book.txt
+    python sample.py --list
 """
 
 import codecs
 import contextlib
-import json
 import math
 import sys
 import time
@@ -19,19 +19,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core import huggingface
-from core.checkpoint import find_checkpoint, load_model
-from core.dataset import TokenDataset
-from core.evaluation import evaluate
+from core import huggingface, pretrained
 from core.inference import prepare_for_inference, stream, window_start
+from core.listing import runs_table
+from core.runs import load_model
+from core.text import known_text, score_tokens
 from core.tokenizer import Tokenizer
-from lib.cli import UserError, number, run_script, script_parser
+from lib.cli import UserError, json_line, number, plural, run_script, script_parser
 from lib.device import DTYPES, choose_device, choose_dtype, dtype_name, out_of_memory_as
 from lib.files import read_text
 from model import GPT, GPT2_SIZES
 
 MAX_ROWS = 16  # samples generated together; more would need more memory, and none depends on the others
-MAX_SCORED_TOKENS = 8192  # in one forward pass of --score
+# Flags without a meaning for --score and --list.
+SAMPLING = ("num_samples", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop",
+            "seed")
 SEPARATOR = "-" * 40
 
 
@@ -91,9 +93,8 @@ def continuations(model: GPT, tokenizer: Tokenizer, ids: Tensor, args: Namespace
     for first in range(0, args.num_samples, MAX_ROWS):
         samples = [Continuation(tokenizer, args.stop) for _ in range(min(MAX_ROWS, args.num_samples - first))]
         running = list(enumerate(samples))
-        steps = stream(model, ids, args.max_new_tokens, len(samples), seed + first, args.repetition_penalty,
-                       static_cache=ids.is_cuda, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                       min_p=args.min_p)
+        steps = stream(model, ids, args.max_new_tokens, len(samples), seed + first, temperature=args.temperature,
+                       top_k=args.top_k, top_p=args.top_p, min_p=args.min_p, repetition_penalty=args.repetition_penalty)
         for n, tokens in enumerate(steps, start=1):
             tokens = tokens.tolist()
             for i, sample in running:
@@ -121,8 +122,8 @@ def answer(model: GPT, tokenizer: Tokenizer, prompt: str, args: Namespace, seed:
     samples = continuations(model, tokenizer, ids, args, seed, show=(lambda piece: None) if args.json else write)
     for i, sample in enumerate(samples):
         if args.json:
-            print(json.dumps({"prompt": prompt, "text": sample.text, "tokens": sample.tokens, "seed": seed + i,
-                              "seconds": round(sample.seconds, 6), "stop_reason": sample.stop_reason}), flush=True)
+            print(json_line({"prompt": prompt, "text": sample.text, "tokens": sample.tokens, "seed": seed + i,
+                             "seconds": round(sample.seconds, 6), "stop_reason": sample.stop_reason}), flush=True)
         elif i == 0:
             write("\n")
         else:
@@ -185,48 +186,56 @@ def encode(tokenizer: Tokenizer, text: str, what: str) -> np.ndarray:
 def score(model: GPT, tokenizer: Tokenizer, args: Namespace, device: torch.device) -> None:
     """Print how well the model predicts the file args.score, in float32 unless args.dtype says otherwise."""
     text = read_text(args.score)
-    tokens = encode(tokenizer, text, args.score)
+    try:
+        text, n_skipped = known_text(tokenizer, text, args.skip_unknown)
+    except UserError as error:
+        raise UserError(f"{args.score}: {error}; --skip_unknown scores the rest") from None
+    tokens = tokenizer.encode(text)
     length = model.config.block_size
     stride = args.stride or length
     if len(tokens) < 2:
-        raise UserError(f"{args.score} has {len(tokens)} tokens: --score needs at least 2")
+        raise UserError(f"{args.score} has {plural(len(tokens), 'token')}: --score needs at least 2")
     if stride > length:
         raise UserError(f"--stride {stride} is over the model's context of {length} tokens and would skip some")
     dtype = torch.float32 if args.dtype == "auto" else choose_dtype(args.dtype, device)
-    dataset = TokenDataset(tokens, length, stride, tokenizer)
-    batch_size = min(max(1, MAX_SCORED_TOKENS // length), len(dataset))
-    result = evaluate(model.to(device), dataset, batch_size, device, dtype)
+    result = score_tokens(model.to(device), tokenizer, tokens, stride, dtype)
     if not math.isfinite(result.loss):
         raise UserError(f"{args.score}: the loss is not finite, so the weights are unusable")
     metrics = {"file": args.score, "tokens": len(tokens), "bytes": len(text.encode()), **vars(result),
-               "context": length, "stride": stride, "dtype": dtype_name(dtype)}
+               "context": length, "stride": stride, "dtype": dtype_name(dtype), "skipped": n_skipped}
     if args.json:
-        print(json.dumps(metrics))
-    else:
-        print("{file}: {tokens:,} tokens, {bytes:,} bytes | loss {loss:.4f} | ppl {perplexity:.2f} | bits/byte "
-              "{bits_per_byte:.4f} | windows of {context} tokens, stride {stride}, {dtype}".format(**metrics))
+        print(json_line(metrics))
+        return
+    skipped = ""
+    if n_skipped:
+        skipped = f" | skipped {plural(n_skipped, 'character')} outside the vocabulary; tokens and bytes are the rest's"
+    print("{file}: {tokens:,} tokens, {bytes:,} bytes | loss {loss:.4f} | ppl {perplexity:.2f} | bits/byte "
+          "{bits_per_byte:.4f} | windows of {context} tokens, stride {stride}, {dtype}{0}".format(skipped, **metrics))
 
 
 def load(name: str, data_dir: str) -> tuple[GPT, Tokenizer]:
     """(GPT on the CPU, tokenizer) of published weights, a Hugging Face directory, or the checkpoint meant by `name`."""
     if huggingface.is_model(name):
-        return huggingface.load(name, data_dir)
-    path = find_checkpoint(name)
-    model, tokenizer, content = load_model(path)
+        return pretrained.load(huggingface.find(name, data_dir))
+    path, model, tokenizer, content = load_model(name, data_dir)
     val_loss = "not measured" if content["val_loss"] is None else f"{content['val_loss']:.4f}"
-    print(f"{path}: step {content['step']}, val loss {val_loss}", file=sys.stderr)
+    vocabulary = f"; characters of {content['vocabulary_path']}" if content.get("vocabulary_path") else ""
+    print(f"{path}: step {content['step']}, val loss {val_loss}{vocabulary}", file=sys.stderr)
     return model, tokenizer
 
 
 def parse_args(argv: list[str]) -> Namespace:
     parser = script_parser("sample.py", __doc__)
     parser.add_argument("--ckpt", nargs="?", const="checkpoints", default="checkpoints", metavar="PATH",
-                        help=f"a checkpoint, a run directory, {', '.join(GPT2_SIZES)}, or a directory in Hugging "
-                             "Face's layout (default: the most recently written checkpoint under checkpoints/)")
+                        help=f"a checkpoint, also nanoGPT's, a run directory, {', '.join(GPT2_SIZES)}, or a directory "
+                             "in Hugging Face's layout (default: the newest checkpoint under checkpoints/)")
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--prompt", metavar="TEXT", help="text to continue, or FILE:path (default: a line break)")
     task.add_argument("--interactive", action="store_true", help="continue each line you type")
     task.add_argument("--score", metavar="FILE", help="print loss, perplexity and bits per byte of a text instead")
+    task.add_argument("--list", action="store_true", help="list the runs under the directory --ckpt instead")
+    parser.add_argument("--skip_unknown", action="store_true",
+                        help="with --score: leave out characters outside the vocabulary, and their bytes")
     parser.add_argument("--stride", type=number(int, low=1), metavar="TOKENS",
                         help="with --score: tokens from one window's start to the next (default: the context length)")
     parser.add_argument("--num_samples", type=number(int, low=1, below=2**32), default=1, help="default 1")
@@ -245,21 +254,27 @@ def parse_args(argv: list[str]) -> Namespace:
                         help="stop just before the given string, even if it spans several tokens; "
                              "repeatable (bash: $'\\n' is a line break)")
     parser.add_argument("--seed", type=number(int, low=0, below=2**32), default=1337,
-                        help="sample i is what --seed SEED+i alone would give (default 1337)")
-    parser.add_argument("--data_dir", default="data", help="where published weights are kept (default: data)")
+                        help="sample i is what --seed SEED+i alone would give, on a GPU up to rounding (default 1337)")
+    parser.add_argument("--data_dir", default="data", help="has published weights, nanoGPT's meta.pkl (default: data)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
-                        help="dtype of the weights; auto: bfloat16 where the device is fast at it, but float32 "
-                             "for --score")
+                        help="dtype of the weights; auto: bfloat16 where that is fast, but float32 for --score")
     parser.add_argument("--json", action="store_true", help="print one JSON object per sample (or score)")
     args = parser.parse_args(argv)
-    if args.stride and args.score is None:
-        parser.error("--stride needs --score")
+    for name in ("stride", "skip_unknown"):
+        if getattr(args, name) and args.score is None:
+            parser.error(f"--{name} needs --score")
+    names = (*SAMPLING, "json", "device", "dtype", "data_dir") if args.list else SAMPLING
+    unused = [f"--{name}" for name in names if getattr(args, name) != parser.get_default(name)]
+    if unused and (args.list or args.score is not None):
+        parser.error(f"{', '.join(unused)} can change nothing in {'--list' if args.list else '--score'}")
     return args
 
 
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
+    if args.list:
+        return print(runs_table(args.ckpt))
     with out_of_memory_as("out of memory: use fewer samples (--num_samples) or smaller weights (--dtype=bfloat16)"):
         device = choose_device(args.device)
         model, tokenizer = load(args.ckpt, args.data_dir)

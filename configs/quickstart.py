@@ -1,25 +1,30 @@
 """The first run: a small modern GPT reads Python's language reference, which every Python ships with.
 
-No download; a few minutes on two CPU cores.
+No download. 1.656 bits per byte (seed 1337), 242 s of CPU time for the whole process on one core of a shared Intel Xeon
+with AVX512, no AMX, no bf16, so in float32. LayerNorm and GELU in the same shape differ little (notes/06_speed.md).
 """
 
 dataset = "pydoc"
 
 n_layer = 4
-n_head = 6
-n_embd = 192
+n_head = 2
+n_embd = 128
 block_size = 128
 norm = "rmsnorm"
 mlp = "swiglu"
-pos = "sinusoidal"
+pos = "rope"
 bias = False
 
 batch_size = 16
-max_iters = 1000
+max_iters = 900
 stride = 32
-learning_rate = 2e-3
-warmup_iters = 100
+optimizer = "muon"
+learning_rate = 0.01
+lr_schedule = "linear"
+min_lr = 0.0
+warmup_iters = 10
 weight_decay = 0.1
+beta2 = 0.95
 
-eval_interval = 250
-checkpoint_interval = 250
+eval_interval = 300
+checkpoint_interval = 300

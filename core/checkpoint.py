@@ -4,37 +4,36 @@ A run directory holds step_NNNNNNNN.pt (the newest ones) and best.pt (lowest val
 """
 
 import dataclasses
+import itertools
+import math
 import zipfile
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
 
-from core.config import FIELDS, SHAPE, ResolvedConfig, TrainConfig, check_value
+from core.config import ResolvedConfig
 from core.corpus import Corpus
-from core.tokenizer import Tokenizer, tokenizer_from_state
+from core.schema import SCHEMA, SILENT_FIELDS, check_same_data, check_same_model, problems_in, then_and_now
 from core.trainer import Trainer
 from lib.cli import UserError, first_line, warn
 from lib.device import is_out_of_memory
-from lib.files import atomic_write, lock_directory, remove_temporaries
-from model import GPT, GPTConfig
+from lib.distributed import ALONE, Processes
+from lib.files import atomic_write, copy_file, lock_directory, reason, remove_temporaries, set_aside
 
+LAUNCH = ".launch"  # file in a run directory that names the launch which trains there
 STEP_PATTERN = "step_" + "[0-9]" * 8 + ".pt"
-# Every key of a checkpoint and the types of its value.
-SCHEMA = {
-    "model_state_dict": dict, "optimizer_state_dict": dict, "scaler_state_dict": dict, "config": dict,
-    "vocab_size": int, "tokenizer": dict, "data_fingerprint": str, "epoch": int,
-    # Progress
-    "step": int, "val_loss": (float, NoneType), "best_val_loss": (float, NoneType), "best_step": (int, NoneType),
-    "evals_without_better": int, "pending_losses": list,
-}
-# Fields that weights and moments depend on: a resumed run must keep them.
-STATE_FIELDS = (*SHAPE, "optimizer", "init_from")
-# Fields that a resumed run may change silently.
-SILENT_FIELDS = {"resume", "data_dir", "out_dir", "log_dir", "run_name"}
+NONE_INTACT = "no checkpoint in {} is intact: start a new run with another --run_name"
+# What loading damaged weights and moments may raise.
+UNFIT = (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError)
+
+
+class Unreadable(UserError):
+    """The system refuses to read a file, which may be whole."""
 
 
 @dataclass
@@ -53,10 +52,11 @@ class Progress:
         self.pending_losses.append(loss)
         self.step += 1
 
-    def take_losses(self) -> list[float]:
-        """The losses of the steps since the last call."""
+    def take_losses(self, keep: bool = False) -> list[float]:
+        """The losses of the steps since the last call; `keep` them for the next one, too."""
         losses = torch.stack(self.pending_losses).tolist()
-        self.pending_losses.clear()
+        if not keep:
+            self.pending_losses.clear()
         return losses
 
     def evaluated(self, val_loss: float) -> bool:
@@ -85,51 +85,46 @@ def save_checkpoint(path: Path, content: dict) -> None:
         raise
 
 
-def load_checkpoint(path: str | Path) -> dict:
-    """The content of a checkpoint, tensors on the CPU. UserError if it is missing, damaged or not a checkpoint.
-
-    A .pt file is a zip archive: each record's CRC is checked first. Nothing in the file is executed
-    (weights_only=True).
-    """
+@contextmanager
+def named_damage(path: str | Path) -> Iterator[None]:
+    """Turn what reading a damaged checkpoint raises into a UserError with its name, an OSError into Unreadable."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise UserError(f"checkpoint {path} is damaged (record {damaged})")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        yield
+    except UserError:
+        raise
     except OSError as error:
-        raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from None
+        raise Unreadable(f"cannot read checkpoint {path}: {error.strerror}") from None
+    except UnpicklingError:  # torch's message advises to execute the file
+        raise UserError(f"checkpoint {path} is damaged, or holds more than tensors and plain values: none of it was "
+                        f"used") from None
     except Exception as error:  # damage raises a dozen exception types
-        if isinstance(error, UserError) or is_out_of_memory(error):
-            raise
-        raise UserError(f"checkpoint {path} is damaged, or not a checkpoint: {first_line(error)}") from None
-    if not isinstance(content, dict):
-        content = {}
-    wrong = [key for key, kind in SCHEMA.items() if not isinstance(content.get(key, ...), kind)]
-    if "pending_losses" not in wrong and not all(isinstance(loss, float) for loss in content["pending_losses"]):
-        wrong.append("pending_losses")
-    if wrong:
-        raise UserError(f"{path} is not a checkpoint of this project: {', '.join(wrong)} missing or of the wrong type")
-    return content
-
-
-def load_model(path: str | Path) -> tuple[GPT, Tokenizer, dict]:
-    """(GPT on the CPU, tokenizer, content) of the checkpoint at `path`. UserError if any part does not fit."""
-    content = load_checkpoint(path)
-    tokenizer = tokenizer_from_state(content["tokenizer"], path)
-    checks = [check_value(name, content["config"].get(name)) for name in (*SHAPE, "dropout")]
-    if problems := [f"{path}: {problem}" for _, problem in checks if problem]:
-        raise UserError(*problems)
-    try:
-        model = GPT(GPTConfig.of(content["config"], tokenizer.vocab_size))
-        model.load_state_dict(content["model_state_dict"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
-        raise UserError(f"the weights in {path} do not fit its config: {first_line(error)}") from None
-    if not all(bool(p.isfinite().all()) for p in model.parameters()):
-        raise UserError(f"the weights in {path} are not all finite: use another checkpoint")
-    return model, tokenizer, content
+        raise UserError(f"checkpoint {path} is damaged, or not a checkpoint: {first_line(error)}") from None
+
+
+def check_records(path: str | Path, verify: bool = True) -> None:
+    """UserError if a checkpoint is not a zip archive (every .pt file is) or, with `verify`, a record's CRC is wrong."""
+    with named_damage(path), zipfile.ZipFile(path) as archive:
+        if verify and (damaged := archive.testzip()):
+            raise UserError(f"checkpoint {path} is damaged (record {damaged})")
+
+
+def load_checkpoint(path: str | Path, verify: bool = True) -> dict:
+    """The content of a checkpoint, tensors on the CPU. UserError if it is missing, damaged or not a checkpoint.
+
+    Its records are checked first, then the content (core/schema.py). Without `verify` tensors are memory-mapped and
+    not read. Nothing in the file is executed (weights_only=True).
+    """
+    check_records(path, verify)
+    with named_damage(path):
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=not verify)
+        problems = problems_in(content, path, verify)
+    if not problems and Path(path).match(STEP_PATTERN) and int(Path(path).stem[-8:]) != content["step"]:
+        problems = [f"step is {content['step']}"]
+    if problems:
+        raise UserError(f"{path} is not a whole checkpoint of this project: {'; '.join(problems)}")
+    return content
 
 
 def step_path(run_dir: Path, step: int) -> Path:
@@ -138,56 +133,46 @@ def step_path(run_dir: Path, step: int) -> Path:
 
 def step_checkpoints(run_dir: Path) -> list[Path]:
     """The run's step_*.pt files, oldest first."""
-    return sorted(run_dir.glob(STEP_PATTERN))
+    return sorted(path for path in run_dir.glob(STEP_PATTERN) if path.is_file())
 
 
 def newest_first(run_dir: Path) -> list[Path]:
-    """The run's step_*.pt files from newest to oldest, then best.pt; those that exist."""
-    best = run_dir / "best.pt"
-    return [*step_checkpoints(run_dir)[::-1], *([best] if best.exists() else [])]
+    """The run's step_*.pt and best*.pt files by falling step; unreadable best ones come last."""
+    steps = {path: int(path.stem[-8:]) for path in step_checkpoints(run_dir)}
+    for path in filter(Path.is_file, run_dir.glob("best*.pt")):
+        try:
+            steps[path] = load_checkpoint(path, verify=False)["step"]
+        except UserError:
+            steps[path] = 0
+    return sorted(steps, key=lambda path: (steps[path], path.name), reverse=True)
 
 
-def load_newest(run_dir: Path) -> tuple[Path, dict] | tuple[None, None]:
-    """(path, content) of the run's newest intact checkpoint, with a warning for each damaged one skipped.
+def load_newest(run_dir: Path, use: Callable[[Path, dict], None] = lambda path, content: None
+                ) -> tuple[Path, dict] | tuple[None, None]:
+    """(path, content) of the run's newest intact checkpoint, after `use(path, content)`; (None, None) without any.
 
-    (None, None) when there are none. UserError when there are some and none is intact.
+    One that is damaged, or for which `use` raises UNFIT, is skipped with a warning. UserError if none is left, or
+    one cannot be read at all.
     """
     paths = newest_first(run_dir)
     for path in paths:
         try:
-            return path, load_checkpoint(path)
+            content = load_checkpoint(path)
+        except Unreadable:  # it may be whole
+            raise
         except UserError as error:
-            warn(f"{error}; trying the previous one")
-    if paths:
-        raise UserError(f"no checkpoint in {run_dir} is intact; start a new run with another --run_name")
-    return None, None
-
-
-def peek(run_dir: Path) -> tuple[Path, dict] | tuple[None, None]:
-    """(path, content) of the run's newest checkpoint that opens, memory-mapped and not verified.
-
-    Its config and data_fingerprint have the types of SCHEMA; (None, None) if there is none.
-    """
-    for path in newest_first(run_dir):
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            if isinstance(content["config"], dict) and isinstance(content["data_fingerprint"], str):
-                return path, content
-        except Exception:  # damaged: load_newest reports it
+            warn(f"{error}; skipping it")
             continue
+        try:
+            use(path, content)
+            return path, content
+        except UNFIT as error:
+            if is_out_of_memory(error):
+                raise
+            warn(f"{path} does not fit its own config: {first_line(error)}; skipping it")
+    if paths:
+        raise UserError(NONE_INTACT.format(run_dir))
     return None, None
-
-
-def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint `path`, or the most recently written one in a run directory or a directory of runs."""
-    path = Path(path)
-    if path.is_file():
-        return path
-    found = [file for pattern in ("*.pt", "*/*.pt") for file in path.glob(pattern) if file.is_file()]
-    if not found:
-        what = "has no checkpoints" if path.is_dir() else "is neither a file nor a run directory"
-        raise UserError(f"{path} {what}: train first (python train_gpt2.py configs/quickstart.py) or give --ckpt FILE")
-    return max(found, key=lambda file: file.stat().st_mtime_ns)
 
 
 def refuse_to_overwrite(run_dir: Path) -> None:
@@ -197,86 +182,141 @@ def refuse_to_overwrite(run_dir: Path) -> None:
                         f"({existing[0].name}), --run_name=NAME starts another run")
 
 
-def then_and_now(saved: dict, cfg: TrainConfig) -> list[tuple[str, object, object]]:
-    """(field, saved value, current value) of each field in which `cfg` differs from a checkpoint's config."""
-    then = dataclasses.asdict(TrainConfig()) | saved  # fields it lacks are newer: they had their defaults
-    return [(name, then[name], getattr(cfg, name)) for name in FIELDS if then[name] != getattr(cfg, name)]
-
-
-def check_same_data(path: Path, saved: dict, dataset: str, fingerprint: str) -> None:
-    """UserError if the checkpoint `saved` in `path` was trained on other data than `dataset` with this fingerprint."""
-    if saved["data_fingerprint"] != fingerprint:
-        raise UserError(f"the data set is not the one that {path} was trained on: {saved['config'].get('dataset')} "
-                        f"(fingerprint {saved['data_fingerprint'][:12]}) then, {dataset} ({fingerprint[:12]}) now: "
-                        f"resume with the same data, or start another run with --run_name=NAME")
-
-
 class Run:
-    """A run's directory while it trains: locked against other processes; restored from, saved to, pruned."""
+    """A run's directory while it trains: locked against other runs; restored from, saved to, pruned.
 
-    def __init__(self, cfg: ResolvedConfig, corpus: Corpus) -> None:
-        self.cfg, self.corpus, self.directory = cfg, corpus, cfg.run_dir
-        self.restored_from: Path | None = None
+    All processes of the run call its methods together; the first one reads and writes.
+    """
+
+    def __init__(self, cfg: ResolvedConfig, corpus: Corpus, processes: Processes = ALONE) -> None:
+        self.cfg, self.corpus, self.directory, self.processes = cfg, corpus, cfg.run_dir, processes
+        self._locked = ExitStack()
+        self.newest: Path | None = None  # the one --resume would take: restored or saved last
+        self._written: tuple[int, Path | None] = 0, None  # step and file written last
+        self.has_best = False  # whether best.pt is the best by this run's measure
         self.changes: list[tuple[str, object, object]] = []  # fields that differ from the checkpoint restored
 
     def __enter__(self) -> "Run":
-        """UserError if another process is training there, or it has checkpoints and cfg.resume is not set."""
+        """UserError if another run is training there, or it has checkpoints and cfg.resume is not set."""
+        self.processes.lead(self._lock)
+        return self
+
+    def _lock(self) -> None:
         with ExitStack() as stack:
             stack.enter_context(lock_directory(self.directory, f"another process is training in {self.directory}: "
                                                                f"wait until it ends, or choose another --run_name"))
             remove_temporaries(self.directory)
             if not self.cfg.resume:
                 refuse_to_overwrite(self.directory)
+            if self.processes.launch:
+                with suppress(OSError):  # a restart then has to be told to resume
+                    (self.directory / LAUNCH).write_text(self.processes.launch)
             self._locked = stack.pop_all()
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self._locked.close()
 
     def restore(self, trainer: Trainer) -> Progress | None:
-        """Load the newest intact checkpoint into `trainer`; its progress, or None if there is no checkpoint."""
-        path, content = load_newest(self.directory)
+        """Load the newest intact checkpoint into `trainer`; its progress, or None if there is no checkpoint.
+
+        Those that are newer, and so damaged, are renamed.
+        """
+        def use(path: Path, content: dict) -> None:
+            check_same_data(path, content, self.cfg.dataset, self.corpus.fingerprint)
+            check_same_model(path, content, self.cfg)
+            if content["tokenizer"] != self.corpus.tokenizer.state():
+                raise ValueError("its tokenizer is not the data set's")
+            trainer.load_state_dict(content)
+
+        path, content = self.processes.lead(lambda: load_newest(self.directory, use))
         if path is None:
             return None
-        check_same_data(path, content, self.cfg.dataset, self.corpus.fingerprint)
-        try:
+        if not self.processes.is_first:
             trainer.load_state_dict(content)
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            if is_out_of_memory(error):
-                raise
-            raise UserError(f"weights or moments in {path} do not fit its config: {first_line(error)}") from None
         progress = Progress(**{f.name: content[f.name] for f in dataclasses.fields(Progress)})
         progress.pending_losses = [torch.tensor(loss, device=trainer.device) for loss in progress.pending_losses]
-        self.restored_from = path
+        self.newest = path
         self.changes = [change for change in then_and_now(content["config"], self.cfg)
                         if change[0] not in SILENT_FIELDS]
+        if self.processes.lead(lambda: self._tidy(path, content)):
+            progress.best_val_loss, progress.best_step, progress.evals_without_better = None, None, 0
+        self.has_best = progress.best_step is not None
         return progress
+
+    def _tidy(self, path: Path, content: dict) -> bool:
+        """Rename what is damaged: all that is newer than the restored `path`. Return whether the best starts again."""
+        for damaged in itertools.takewhile(lambda other: other != path, newest_first(self.directory)):
+            set_aside(damaged, damaged.name + ".damaged")
+        n_then, n_now = (min(cfg.get("eval_tokens") or math.inf, len(self.corpus.val))
+                         for cfg in (content["config"], vars(self.cfg)))
+        best, problem = self.directory / "best.pt", None
+        if n_then != n_now:
+            problem = f"losses over {n_then:,} and {n_now:,} validation tokens do not compare"
+        elif best.exists() and best != path:
+            try:
+                check_records(best)
+            except Unreadable:
+                raise
+            except UserError:
+                problem = f"{best} is damaged"
+                set_aside(best, "best.pt.damaged")
+        starts_again = bool(problem and content["best_step"])
+        if starts_again:
+            warn(f"{problem}: the best starts again")
+        return starts_again
 
     def save(self, trainer: Trainer, progress: Progress, name: str | None = None, required: bool = False) -> bool:
         """Write a checkpoint, by default the step's own, and prune old ones; return whether it was written.
 
-        If the disk refuses, older ones are kept: a warning, or a UserError if it is `required`.
+        The second one of a step is a copy of the first.
+        If the disk refuses, nothing changes: a warning, or a UserError if it is `required`.
         Diverged, and nothing is written, if a weight or moment is not finite.
         """
         trainer.check_state(progress.step)
         path = self.directory / name if name else step_path(self.directory, progress.step)
-        content = trainer.state_dict() | vars(progress) | {
-            "config": dataclasses.asdict(self.cfg), "vocab_size": self.corpus.tokenizer.vocab_size,
-            "tokenizer": self.corpus.tokenizer.state(), "data_fingerprint": self.corpus.fingerprint,
-            "epoch": self.cfg.epoch_of(progress.step),
-            "pending_losses": [float(loss) for loss in progress.pending_losses],
-        }
-        try:
-            save_checkpoint(path, content)
-        except OSError as error:
-            warn(f"cannot save {path}: {error.strerror}; older checkpoints are kept")
-            if required:
-                raise UserError(f"the last checkpoint could not be saved in {self.directory}: free some space, then "
-                                f"continue from the previous one with --resume") from None
+        if not self.processes.lead(lambda: self._write(path, trainer, progress, required)):
             return False
-        for old in step_checkpoints(self.directory)[: -self.cfg.keep_checkpoints]:
+        if not self.holds(progress.step):
+            self.newest = path
+        self.has_best = self.has_best or bool(name)
+        return True
+
+    def holds(self, step: int) -> bool:
+        """Whether the newest checkpoint is the file of `step`."""
+        return self.newest == step_path(self.directory, step)
+
+    def _write(self, path: Path, trainer: Trainer, progress: Progress, required: bool) -> bool:
+        is_best = path.name == "best.pt"
+        if is_best and not self.has_best and path.exists():
+            set_aside(path, f"best_before_{progress.step:08d}.pt")
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)  # someone may have deleted it
+            step, written = self._written
+            is_second = step == progress.step and written != path
+            if is_second and written.exists():
+                copy_file(written, path)
+            else:
+                save_checkpoint(path, self._content(trainer, progress))
+            self._written = progress.step, path
+        except OSError as error:
+            warn(f"cannot save {path}: {reason(error)}")
+            if required:
+                how = f"--resume continues from {self.newest.name}" if self.newest else "start again: nothing is saved"
+                raise UserError(f"the last checkpoint could not be saved in {self.directory}: free some space, or what "
+                                f"else is wrong, then {how}") from None
+            return False
+        steps = [] if is_best else [old for old in step_checkpoints(self.directory) if old <= path]
+        for old in steps[: -self.cfg.keep_checkpoints]:
             try:
                 old.unlink()
             except OSError as error:
                 warn(f"cannot delete {old}: {error.strerror}")
         return True
+
+    def _content(self, trainer: Trainer, progress: Progress) -> dict:
+        return trainer.state_dict() | vars(progress) | {
+            "config": dataclasses.asdict(self.cfg), "vocab_size": self.corpus.tokenizer.vocab_size,
+            "tokenizer": self.corpus.tokenizer.state(), "data_fingerprint": self.corpus.fingerprint,
+            "epoch": self.cfg.epoch_of(progress.step),
+            "pending_losses": [float(loss) for loss in progress.pending_losses],
+        }

@@ -6,12 +6,16 @@ assignments, `--field=value` on the command line. All problems are collected and
 
 import ast
 import math
+import os
 import typing
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from lib.cli import UserError, describe, is_plain_name, is_valid, nearest, parse_text
+import numpy as np
+
+from lib.cli import UserError, describe, is_plain_name, is_valid, nearest, parse_text, read_flags
+from model import KINDS
 
 MAX_STEPS = 10**8  # checkpoint names have eight digits
 
@@ -37,23 +41,24 @@ class TrainConfig:
     stride: int | None = knob(None, "tokens between the starts of training windows; none: block_size", low=1)
     # model
     init_from: str | None = knob(None, "start from these weights and take their shape: gpt2, gpt2-medium, gpt2-large, "
-                                       "gpt2-xl or a directory in Hugging Face's layout; none: random weights")
+                                       "gpt2-xl, a directory in Hugging Face's layout or a checkpoint of nanoGPT; "
+                                       "none: random weights")
     n_layer: int = knob(4, "transformer blocks", low=1, below=10_000)
     n_head: int = knob(4, "attention heads", low=1, below=2**16)
     n_embd: int = knob(128, "width of the residual stream", low=1, below=2**17)
     block_size: int = knob(128, "context length", low=1, below=2**24)
     dropout: float = knob(0.0, "dropout probability", low=0, below=1)
     bias: bool = knob(True, "biases in linear layers and LayerNorm")
-    norm: str = knob("layernorm", "normalisation", choices=("layernorm", "rmsnorm"))
-    mlp: str = knob("gelu", "feed-forward network", choices=("gelu", "swiglu", "relu2"))
-    pos: str = knob("learned", "positions", choices=("learned", "sinusoidal", "rope"))
+    norm: str = knob("layernorm", "normalisation", choices=KINDS["norm"])
+    mlp: str = knob("gelu", "feed-forward network", choices=KINDS["mlp"])
+    pos: str = knob("learned", "positions", choices=KINDS["pos"])
     tie_weights: bool = knob(True, "share the token embedding with the output layer")
     # length of the run
     max_iters: int | None = knob(None, "stop after this many optimizer steps", low=1, below=MAX_STEPS)
     epochs: float | None = knob(None, "stop after this many passes over the training windows (with max_iters: "
                                       "whichever ends first; with neither: one)", above=0)
     batch_size: int = knob(16, "sequences in one forward pass", low=1, below=2**20)
-    gradient_accumulation_steps: int = knob(1, "forward passes in one optimizer step", low=1, below=2**20)
+    gradient_accumulation_steps: int = knob(1, "forward passes in a step, divided among processes", low=1, below=2**20)
     # optimizer
     optimizer: str = knob("adamw", "muon: Muon for the blocks' matrices, AdamW for the rest",
                           choices=("adamw", "muon"))
@@ -87,6 +92,9 @@ class TrainConfig:
     dtype: str = knob("auto", "dtype of the forward pass",
                       choices=("auto", "float32", "bfloat16", "float16"))
     compile: str = knob("auto", "torch.compile the model; auto: on CUDA", choices=("auto", "true", "false"))
+    exact_sum: bool = knob(False, "sum gradients in fixed point: the same bits with any number of processes")
+    activation_checkpointing: bool = knob(False, "compute each block's activations again in the backward pass instead "
+                                                 "of keeping them: less memory, a third more time")
 
     @property
     def sequences(self) -> int:
@@ -114,10 +122,15 @@ class ResolvedConfig(TrainConfig):
         return step * self.sequences // self.n_windows
 
 
+def steps_of_epochs(epochs: float, cfg: TrainConfig, n_windows: int) -> int:
+    """Optimizer steps in `epochs` passes over n_windows windows, at most MAX_STEPS."""
+    return math.ceil(min(epochs * n_windows / cfg.sequences, MAX_STEPS))
+
+
 def resolve(cfg: TrainConfig, n_windows: int) -> ResolvedConfig:
     """Complete `cfg` for an epoch of `n_windows` training windows. UserError for a run of too many steps."""
     epochs = cfg.epochs if cfg.epochs or cfg.max_iters else 1
-    limits = [cfg.max_iters, epochs and math.ceil(epochs * n_windows / cfg.sequences)]
+    limits = [cfg.max_iters, epochs and steps_of_epochs(epochs, cfg, n_windows)]
     max_iters = min(limit for limit in limits if limit)
     if max_iters >= MAX_STEPS:
         raise UserError(f"epochs={epochs} means {max_iters:,} steps; a run can have at most {MAX_STEPS - 1:,}")
@@ -164,6 +177,10 @@ def check_value(name: str, value: object) -> tuple[object, str | None]:
     """(value as the field's type, None), or (None, the problem)."""
     kind, optional = kind_of(name)
     limits = FIELDS[name].metadata["limits"]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
     if value is None and optional:
         return None, None
     if kind is str and type(value) is bool:
@@ -183,7 +200,7 @@ def parse_flag(name: str, text: str) -> object:
     return text.lower() if "choices" in FIELDS[name].metadata["limits"] else parse_text(kind, text)
 
 
-def read_config_file(path: str) -> tuple[Values, Problems]:
+def read_config_file(path: str | Path) -> tuple[Values, Problems]:
     """The values in a config file: `name = value` lines, which are never executed."""
     try:
         tree = ast.parse(Path(path).read_text(encoding="utf-8-sig"))
@@ -204,6 +221,8 @@ def read_config_file(path: str) -> tuple[Values, Problems]:
         if name not in FIELDS:
             problems.append(f"{where}: unknown field {name}{nearest(name, FIELDS)}")
             continue
+        if name in values:
+            problems.append(f"{where}: {name} is set a second time")
         try:
             values[name] = ast.literal_eval(statement.value)
         except (ValueError, TypeError, RecursionError):
@@ -213,46 +232,30 @@ def read_config_file(path: str) -> tuple[Values, Problems]:
 
 def read_command_line(argv: Sequence[str]) -> tuple[str | None, Values, Problems]:
     """(config file or None, values, problems) of `[CONFIG.py] [--field=value …]`."""
-    path, values, problems = None, {}, []
-    tokens = list(argv)
-    while tokens:
-        token = tokens.pop(0)
-        if not token.startswith("--"):
-            if path is not None:
-                problems.append(f"unexpected argument {token!r}: the config file is already {path}")
-            path = path or token
-            continue
-        name, equals, value = token[2:].partition("=")
-        if name not in FIELDS:
-            problems.append(f"unknown flag --{name}{nearest(name, FIELDS)}")
-        is_switch = name in FIELDS and kind_of(name)[0] is bool
-        follows = tokens and (tokens[0].lower() in ("true", "false") if is_switch else not tokens[0].startswith("--"))
-        if not equals and follows:
-            equals, value = True, tokens.pop(0)
-        elif not equals and is_switch:
-            equals, value = True, "true"
-        if name in FIELDS and equals:
-            values[name] = parse_flag(name, value)
-        elif name in FIELDS:
-            problems.append(f"--{name} needs a value")
-    return path, values, problems
+    paths, texts, problems = read_flags(argv, FIELDS, [name for name in FIELDS if kind_of(name)[0] is bool])
+    problems += [f"unexpected argument {path!r}: the config file is already {paths[0]}" for path in paths[1:]]
+    return (paths or [None])[0], {name: parse_flag(name, text) for name, text in texts.items()}, problems
 
 
 def read_values(argv: Sequence[str]) -> tuple[Values, Problems]:
     """The command line's values, overriding those of its config file."""
     path, values, problems = read_command_line(argv)
     all_values, more = file_values(path, values)
+    if all_values.get("run_name") is None:
+        all_values["run_name"] = default_run_name(path, all_values)
     return all_values, problems + more
 
 
-def file_values(path: str | None, overrides: Values) -> tuple[Values, Problems]:
-    """A config file's values, updated by `overrides`; run_name defaults to the file's stem or the data set's name."""
-    values, problems = read_config_file(path) if path else ({}, [])
+def file_values(path: str | Path | None, overrides: Values) -> tuple[Values, Problems]:
+    """A config file's values, updated by `overrides`."""
+    values, problems = ({}, []) if path is None else read_config_file(path)
     problems += [f"unknown field {name}{nearest(name, FIELDS)}" for name in overrides if name not in FIELDS]
-    values |= {name: value for name, value in overrides.items() if name in FIELDS}
-    if values.get("run_name") is None:
-        values["run_name"] = Path(path).stem if path else values.get("dataset", TrainConfig.dataset)
-    return values, problems
+    return values | {name: value for name, value in overrides.items() if name in FIELDS}, problems
+
+
+def default_run_name(path: str | Path | None, values: Values) -> object:
+    """The config file's stem, or the data set's name."""
+    return values.get("dataset", TrainConfig.dataset) if path is None else Path(path).stem
 
 
 def build_config(values: Values, unknown: Collection[str] = ()) -> tuple[TrainConfig, Problems]:
@@ -264,16 +267,3 @@ def build_config(values: Values, unknown: Collection[str] = ()) -> tuple[TrainCo
     problems += [message.format(**asdict(cfg)) for names, holds, message in CROSS_CHECKS
                  if not unknown & set(names) and not holds(cfg)]
     return cfg, problems
-
-
-def help_text() -> str:
-    """Every field with its type, default and help, as `--help` prints it."""
-    lines = ["usage: python train_gpt2.py [CONFIG.py] [--field=value ...] [--resume]", "",
-             "Train a GPT. A config file sets fields by plain assignments; flags override it.", ""]
-    for name, f in FIELDS.items():
-        kind = kind_of(name)[0].__name__
-        choices = f.metadata["limits"].get("choices")
-        listed = f": {', '.join(choices)}" if choices else ""
-        default = "none" if f.default is None else f.default
-        lines.append(f"  --{name:<28} {f.metadata['help']}{listed} ({kind}, default {default})")
-    return "\n".join(lines)

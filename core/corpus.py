@@ -7,20 +7,21 @@ holds the tokenizer and each split's sizes and sha256, and is written last.
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from core.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, tokenizer_from_state
-from lib.cli import UserError
-from lib.download import Source, fetch_source
+from lib.cli import UserError, is_plain_name, plural
+from lib.download import DOWNLOADS, Source, fetch_source
 from lib.files import atomic_write, lock_directory, read_text, reason, sha256_of
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
 UINT16_IDS = 1 << 16
-PREPARE_AGAIN = "prepare the data set again with prepare_data.py"
+PREPARE_AGAIN = "prepare the data set again with prepare_data.py --overwrite"
 SHAKESPEARE = Source("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
                      "tinyshakespeare.txt", "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
 # vocab.bpe alone defines GPT-2's ids (encoder.json follows from it); the hash is the one tiktoken pins.
@@ -68,11 +69,17 @@ def make_tokenizer(kind: str, text: str, data_dir: str) -> Tokenizer:
     return GPT2Tokenizer(read_text(fetch_source(BPE_MERGES, data_dir)))
 
 
-def prepare_text(text: str, name: str, tokenizer_kind: str, data_dir: str, val_fraction: float = 0.1) -> None:
+def is_free_name(name: str) -> bool:
+    """Whether a data set of one's own may have this name: a plain one that nothing else has under data_dir."""
+    return is_plain_name(name) and name not in (*CORPORA, DOWNLOADS)
+
+
+def prepare_text(text: str, name: str, tokenizer_kind: str, data_dir: str, val_fraction: float = 0.1,
+                 overwrite: bool = False) -> None:
     """Split `text` by characters, encode it, write it as data set `name`, and print its sizes.
 
     `tokenizer_kind`: "char" (vocabulary from the whole text) or "gpt2". UserError for a text that is too
-    short, or whose vocabulary does not fit uint16.
+    short, whose vocabulary does not fit uint16, or that would replace another one without `overwrite`.
     """
     if not text:
         raise UserError(f"the text for {name} is empty")
@@ -84,39 +91,64 @@ def prepare_text(text: str, name: str, tokenizer_kind: str, data_dir: str, val_f
     ids = {"train": tokenizer.encode(text[:cut]), "val": tokenizer.encode(text[cut:])}
     for split in SPLITS:
         if len(ids[split]) < 2:
-            raise UserError(f"the {split} split of {name} has {len(ids[split])} tokens; at least 2 are needed: "
-                            f"use a longer text or another --val_fraction")
+            raise UserError(f"the {split} split of {name} has {plural(len(ids[split]), 'token')}; at least 2 are "
+                            f"needed: use a longer text or another --val_fraction")
     directory = Path(data_dir) / name
-    write_corpus(directory, tokenizer, ids)
-    counts = ", ".join(f"{split} {len(ids[split]):,} tokens" for split in SPLITS)
-    print(f"{directory}: {tokenizer.kind} tokenizer, {tokenizer.vocab_size:,} symbols; {counts}", flush=True)
+    before = write_corpus(directory, tokenizer, ids, overwrite)
+    counts = ", ".join(f"{split} {plural(len(ids[split]), 'token')}" for split in SPLITS)
+    symbols = plural(tokenizer.vocab_size, "symbol")
+    print(f"{directory}: {tokenizer.kind} tokenizer, {symbols}; {counts}{before}", flush=True)
 
 
-def open_corpus(name: str, data_dir: str) -> Corpus:
+def open_corpus(name: str, data_dir: str, verify: bool = True) -> Corpus:
     """Open data set `name`; a missing built-in one is prepared first, with a line that says so."""
     directory = Path(data_dir) / name
     if name in CORPORA and not (directory / "meta.json").exists():
         print(f"data set {name} is not prepared yet: preparing it")
         load_text, tokenizer_kind = CORPORA[name]
         prepare_text(load_text(data_dir), name, tokenizer_kind, data_dir)
-    return read_corpus(directory)
+    return read_corpus(directory, verify)
 
 
-def write_corpus(directory: Path, tokenizer: Tokenizer, ids: dict[str, np.ndarray]) -> None:
-    """Write {split: ids} with their tokenizer as a data set. UserError where the directory cannot be written."""
-    meta = {"format_version": FORMAT_VERSION, "vocab_size": tokenizer.vocab_size,
-            "tokenizer": tokenizer.state(), "splits": {}}
-    names = (*(f"{split}.bin" for split in SPLITS), "meta.json")
+def write_corpus(directory: Path, tokenizer: Tokenizer, ids: dict[str, np.ndarray], overwrite: bool = False) -> str:
+    """Write {split: ids} with their tokenizer as a data set; return what it replaces, in words to be appended.
+
+    UserError where the directory cannot be written, or holds other data and not `overwrite`.
+    """
+    names, splits = (*(f"{split}.bin" for split in SPLITS), "meta.json"), {}
     with lock_directory(directory):
         try:
             with atomic_write(*(directory / name for name in names)) as (*bins, meta_file):
                 for split, file in zip(SPLITS, bins):
-                    ids[split].astype("<u2").tofile(file)
+                    file.write_bytes(ids[split].astype("<u2").tobytes())
                     n_bytes = int(tokenizer.token_bytes[ids[split]].sum())
-                    meta["splits"][split] = {"tokens": len(ids[split]), "bytes": n_bytes, "sha256": sha256_of(file)}
-                meta_file.write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+                    splits[split] = {"tokens": len(ids[split]), "bytes": n_bytes, "sha256": sha256_of(file)}
+                return write_meta(meta_file, tokenizer, splits, overwrite)
         except OSError as error:
             raise UserError(f"cannot write the data set {directory}: {reason(error)}") from None
+
+
+def write_meta(file: Path, tokenizer: Tokenizer, splits: dict[str, dict], overwrite: bool) -> str:
+    """Write meta.json of `splits` ({split: tokens, bytes, sha256}) to `file` beside it; return and raise as above."""
+    meta = {"format_version": FORMAT_VERSION, "vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.state(),
+            "splits": splits}
+    before = holds_same_data(file.parent, meta)
+    if before is False and not overwrite:
+        raise UserError(f"{file.parent} holds other data: choose another name, or replace them with prepare_data.py "
+                        f"... --overwrite (runs trained on them can then not be resumed)")
+    meta["sha256"] = digest_of(meta)
+    file.write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return {None: "", True: "; the same as before", False: "; replaces other data"}[before]
+
+
+def holds_same_data(directory: Path, meta: dict) -> bool | None:
+    """Whether the data set in `directory` is the one that `meta` describes; None if there is none."""
+    found = {split: directory / f"{split}.bin" for split in SPLITS if (directory / f"{split}.bin").exists()}
+    is_same = all(meta["splits"][split]["sha256"] == sha256_of(file) for split, file in found.items())
+    if (directory / "meta.json").exists():
+        with suppress(UserError):  # damaged: the tokens decide
+            return is_same and fingerprint_of(read_meta(directory)) == fingerprint_of(meta)
+    return is_same if found else None
 
 
 def read_meta(directory: Path) -> dict:
@@ -137,37 +169,46 @@ def read_meta(directory: Path) -> dict:
                 raise TypeError(f"splits.{split} is wrong")
         if not isinstance(meta["tokenizer"], dict) or type(meta["vocab_size"]) is not int:
             raise TypeError("tokenizer or vocab_size is wrong")
+        rest = {key: value for key, value in meta.items() if key != "sha256"}
+        if meta.get("sha256", digest := digest_of(rest)) != digest:
+            raise TypeError("its content does not match its sha256")
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: {error!r}; {PREPARE_AGAIN}") from None
+        what = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{path} is damaged: {what}; {PREPARE_AGAIN}") from None
     return meta
 
 
 def fingerprint_of(meta: dict) -> str:
     """sha256 over the contents of both splits and the tokenizer."""
-    identity = [meta["splits"]["train"]["sha256"], meta["splits"]["val"]["sha256"], meta["tokenizer"]]
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return digest_of([meta["splits"]["train"]["sha256"], meta["splits"]["val"]["sha256"], meta["tokenizer"]])
 
 
-def read_corpus(directory: Path) -> Corpus:
-    """Open and verify a data set: sizes, hashes, ids within the vocabulary. UserError if it is damaged."""
+def digest_of(content: object) -> str:
+    """sha256 over JSON content."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_corpus(directory: Path, verify: bool = True) -> Corpus:
+    """Open and verify a data set: sizes and, with `verify`, hashes and ids. UserError if it is damaged."""
     meta = read_meta(directory)
     tokenizer = tokenizer_from_state(meta["tokenizer"], directory / "meta.json")
     if tokenizer.vocab_size != meta["vocab_size"]:
         raise UserError(f"{directory}/meta.json: the tokenizer has {tokenizer.vocab_size} symbols, "
                         f"vocab_size says {meta['vocab_size']}; {PREPARE_AGAIN}")
-    splits = [read_split(directory / f"{split}.bin", meta["splits"][split], tokenizer.vocab_size) for split in SPLITS]
+    splits = [read_split(directory / f"{split}.bin", meta["splits"][split], tokenizer.vocab_size, verify)
+              for split in SPLITS]
     return Corpus(*splits, tokenizer, fingerprint_of(meta))
 
 
-def read_split(path: Path, expected: dict, vocab_size: int) -> np.ndarray:
+def read_split(path: Path, expected: dict, vocab_size: int, verify: bool) -> np.ndarray:
     """The ids in a .bin file, a uint16 memory map. UserError if it is not what meta.json expects."""
     if not path.is_file():
         raise UserError(f"{path} is missing; {PREPARE_AGAIN}")
     if path.stat().st_size != 2 * expected["tokens"]:
         raise UserError(f"{path} has {path.stat().st_size} bytes, not {2 * expected['tokens']}; {PREPARE_AGAIN}")
-    if sha256_of(path) != expected["sha256"]:
+    if verify and sha256_of(path) != expected["sha256"]:
         raise UserError(f"{path} does not match its sha256 in meta.json; {PREPARE_AGAIN}")
     ids = np.memmap(path, dtype="<u2", mode="r")
-    if ids.max() >= vocab_size:
+    if verify and ids.max() >= vocab_size:
         raise UserError(f"{path} holds id {ids.max()}, outside the vocabulary of {vocab_size}; {PREPARE_AGAIN}")
     return ids

@@ -1,17 +1,18 @@
 """Windows over tokens and their order, a pure function of (seed, step)."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import functools
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from core.config import ResolvedConfig
 from core.tokenizer import Tokenizer
 from lib.kernels import IGNORE_INDEX
 
-Batch = tuple[Tensor, Tensor]  # x and y, int64 (sequences, block_size)
+Windows = tuple[Tensor, Tensor]  # x and y, int64 (sequences, block_size)
 
 
 class TokenDataset(Dataset):
@@ -35,13 +36,13 @@ class TokenDataset(Dataset):
     def __len__(self) -> int:
         return 1 + max(0, -(-(len(self.tokens) - 1 - self.block_size) // self.stride))
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> Windows:
         if not -len(self) <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
         x, y = self.windows([index % len(self)])
         return x[0], y[0]
 
-    def windows(self, indices: Sequence[int] | np.ndarray) -> Batch:
+    def windows(self, indices: Sequence[int] | np.ndarray) -> Windows:
         """The windows at `indices` as one batch, (len(indices), block_size) each."""
         positions = np.asarray(indices)[:, None] * self.stride + np.arange(self.block_size + 1)
         windows = self.tokens[np.minimum(positions, len(self.tokens) - 1)].astype(np.int64)
@@ -49,28 +50,43 @@ class TokenDataset(Dataset):
         windows = torch.from_numpy(windows)
         return windows[:, :-1].clamp(min=0), windows[:, 1:].contiguous()
 
-    __getitems__ = windows  # the name by which DataLoader fetches whole batches
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, n_windows: int) -> np.ndarray:
+    """The windows of an epoch in the order in which they are visited, int64 (n_windows,)."""
+    return np.random.default_rng((seed, epoch)).permutation(n_windows)
 
 
-def window_order(cfg: ResolvedConfig, start: int) -> Iterator[np.ndarray]:
-    """The indices, int64 (sequences,), of the windows of each optimizer step from `start` to the last.
+def window_order(cfg: ResolvedConfig, step: int) -> np.ndarray:
+    """The windows of optimizer step `step` (0 is the first), int64 (sequences,).
 
     The epochs' shuffled orders, laid end to end, are cut into steps, so a step may reach across the end of
     an epoch, and every epoch visits each window once.
     """
-    order, epoch_of_order = None, None
-    for step in range(start, cfg.max_iters):
-        picked, position, end = [], step * cfg.sequences, (step + 1) * cfg.sequences
-        while position < end:
-            epoch, offset = divmod(position, cfg.n_windows)
-            if epoch != epoch_of_order:
-                order, epoch_of_order = np.random.default_rng((cfg.seed, epoch)).permutation(cfg.n_windows), epoch
-            picked.append(order[offset : offset + end - position])
-            position += len(picked[-1])
-        yield np.concatenate(picked)
+    picked, position, end = [], step * cfg.sequences, (step + 1) * cfg.sequences
+    while position < end:
+        epoch, offset = divmod(position, cfg.n_windows)
+        picked.append(epoch_order(cfg.seed, epoch, cfg.n_windows)[offset : offset + end - position])
+        position += len(picked[-1])
+    return np.concatenate(picked)
 
 
-def batches(dataset: TokenDataset, cfg: ResolvedConfig, start: int, device: torch.device) -> Iterable[Batch]:
-    """The windows of each optimizer step, on the CPU, from step `start` (0 is the first) to the run's last."""
-    return DataLoader(dataset, batch_sampler=window_order(cfg, start), pin_memory=device.type == "cuda",
-                      collate_fn=lambda batch: batch)  # the dataset fetches whole batches
+class Batch:
+    """The windows of optimizer step `step` (0 is the first), fetched one micro-batch at a time, on the CPU."""
+
+    def __init__(self, dataset: TokenDataset, cfg: ResolvedConfig, step: int) -> None:
+        self.dataset, self.step, order = dataset, step, window_order(cfg, step)
+        self.micro_batches = order.reshape(cfg.gradient_accumulation_steps, cfg.batch_size)
+        # All but those that the last window, which may be partial, lacks.
+        n_lacking = max(0, (len(dataset) - 1) * dataset.stride + dataset.block_size + 1 - len(dataset.tokens))
+        self.n_targets = len(order) * dataset.block_size - int((order == len(dataset) - 1).sum()) * n_lacking
+
+    def part(self, first: int = 0, every: int = 1) -> Iterator[tuple[int, Windows]]:
+        """(number, windows) of the micro-batches `first`, first + every, …"""
+        for number in range(first, len(self.micro_batches), every):
+            yield number, self.dataset.windows(self.micro_batches[number])
+
+
+def batches(dataset: TokenDataset, cfg: ResolvedConfig, start: int) -> Iterator[Batch]:
+    """The batch of each optimizer step, from step `start` (0 is the first) to the run's last."""
+    return (Batch(dataset, cfg, step) for step in range(start, cfg.max_iters))

@@ -1,4 +1,4 @@
-"""GPT-2's weights in Hugging Face's layout, both directions: config.json, model.safetensors, the tokenizer's files.
+"""GPT-2's weights in Hugging Face's layout: config.json, model.safetensors, the tokenizer's files.
 
 Published weights are downloaded once, into data/downloads/huggingface/<name>/. Only safetensors are opened, no pickle.
 """
@@ -14,14 +14,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from core.corpus import BPE_MERGES
-from core.tokenizer import END_OF_TEXT, Tokenizer, tokenizer_from_state
-from lib.cli import UserError, describe, is_plain_name, is_valid, nearest
+from core.tokenizer import Tokenizer, tokenizer_from_state
+from lib.cli import UserError, describe, is_plain_name, is_valid
 from lib.download import download, fetch_source
-from lib.files import atomic_write, make_directory, read_text, reason
+from lib.files import read_text
 from model import GPT, GPT2_SIZES, GPTConfig
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -34,13 +33,13 @@ PUBLISHED = {
     "gpt2-xl": ("15ea56dee5df4983c59b2538573817e1667135e2",
                 "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a"),
 }
-# What config.json may say, the default first. The three activations are one function: GELU's tanh form.
+# What config.json may say, the default first.
+ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu", "gelu": "gelu_erf"}
 SUPPORTED = {
-    "model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
-    "layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
-    "reorder_and_upcast_attn": (False,), "add_cross_attention": (False,), "tie_word_embeddings": (True, False),
+    "activation_function": (*ACTIVATIONS,), "layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,), "reorder_and_upcast_attn": (False,), "add_cross_attention": (False,),
+    "tie_word_embeddings": (True, False),
 }
-EXPORTABLE = {"norm": "layernorm", "mlp": "gelu", "pos": "learned"}  # Hugging Face's GPT-2 has nothing else
 # Hugging Face's Conv1D keeps these as (inputs, outputs), nn.Linear as (outputs, inputs).
 TRANSPOSED = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")
 VOCABULARY_ROWS = ("transformer.wte.weight", "lm_head.weight")  # padded here, not there
@@ -51,12 +50,45 @@ MAX_PROBLEMS = 5  # reported of one directory's tensors
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model that was found and is supported. Its tokenizer and weights are read by load_tokenizer and fetch_state."""
+    """A model that was found and is supported; its tokenizer and weights are yet to be read, or downloaded."""
 
     name: str
-    directory: Path
+    path: Path  # its directory
     config: GPTConfig
     tokenizer_kind: str  # "gpt2" or "char"
+    data_dir: str
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer; where its directory has none, GPT-2's, whose merges are downloaded if need be.
+
+        UserError if its ids differ from what the directory's files and vocab_size say.
+        """
+        directory, vocab_size = self.path, self.config.vocab_size
+        stored = read_tokenizer_files(directory)
+        if stored is None:
+            path = fetch_source(BPE_MERGES, self.data_dir)
+            stored = path, {"kind": "gpt2", "merges": read_text(path)}, {}
+        path, state, ids = stored
+        tokenizer = tokenizer_from_state(state, path)
+        if tokenizer.vocab_size != vocab_size:
+            raise UserError(f"the tokenizer in {path} has {tokenizer.vocab_size:,} symbols, vocab_size in "
+                            f"{directory / 'config.json'} is {vocab_size:,}")
+        if not ids.items() <= tokenizer.vocabulary().items():
+            raise UserError(f"{directory} numbers its tokens differently from GPT-2's or a character vocabulary: that "
+                            f"is not supported")
+        return tokenizer
+
+    def load_state(self) -> dict[str, Tensor]:
+        """The weights as GPT(config).state_dict() has them, float32 on the CPU. UserError for what does not fit.
+
+        Published ones are downloaded if need be, from huggingface.co or the hub that HF_ENDPOINT names.
+        """
+        if self.name in PUBLISHED:
+            revision, sha256 = PUBLISHED[self.name]
+            hub = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
+            url = f"{hub}/openai-community/{self.name}/resolve/{revision}/{WEIGHTS}"
+            download(url, self.path / WEIGHTS, sha256)
+        return read_state(self.path, self.config)
 
 
 class StoredTensor(NamedTuple):
@@ -73,66 +105,17 @@ def is_model(name: str | Path) -> bool:
 
 
 def find(name: str | Path, data_dir: str) -> Pretrained:
-    """The model that `name` means: one of PUBLISHED or a directory. UserError for neither, or an unsupported one.
+    """The model that `name`, for which `is_model` holds, means. UserError if it is not supported.
 
     Downloads nothing.
     """
     name = os.fspath(name)
-    if not is_model(name):
-        raise UserError(f"{name} is neither one of {', '.join(PUBLISHED)}{nearest(name, PUBLISHED)} nor a directory in "
-                        f"Hugging Face's layout (with config.json and {WEIGHTS})")
     if name in PUBLISHED:
         directory, config = Path(data_dir) / "downloads/huggingface" / name, GPTConfig(**GPT2_SIZES[name])
     else:
         directory, config = Path(name), read_config(Path(name) / "config.json")
     stored = read_tokenizer_files(directory)
-    return Pretrained(name, directory, config, stored[1]["kind"] if stored else "gpt2")
-
-
-def load(name: str | Path, data_dir: str) -> tuple[GPT, Tokenizer]:
-    """(GPT in eval mode, float32 on the CPU, its tokenizer), downloaded if need be. UserError as in `find`."""
-    pretrained = find(name, data_dir)
-    tokenizer = load_tokenizer(pretrained, data_dir)
-    with torch.device("meta"):  # no time for random weights
-        model = GPT(pretrained.config)
-    model.load_state_dict(fetch_state(pretrained), assign=True)
-    if pretrained.config.tie_weights:
-        model.lm_head.weight = model.transformer.wte.weight
-    return model.eval(), tokenizer
-
-
-def load_tokenizer(pretrained: Pretrained, data_dir: str) -> Tokenizer:
-    """The model's tokenizer; where its directory has none, GPT-2's, whose merges are downloaded if need be.
-
-    UserError if its ids differ from what the directory's files and vocab_size say.
-    """
-    directory, vocab_size = pretrained.directory, pretrained.config.vocab_size
-    stored = read_tokenizer_files(directory)
-    if stored is None:
-        path = fetch_source(BPE_MERGES, data_dir)
-        stored = path, {"kind": "gpt2", "merges": read_text(path)}, {}
-    path, state, ids = stored
-    tokenizer = tokenizer_from_state(state, path)
-    if tokenizer.vocab_size != vocab_size:
-        raise UserError(f"the tokenizer in {path} has {tokenizer.vocab_size:,} symbols, vocab_size in "
-                        f"{directory / 'config.json'} is {vocab_size:,}")
-    if not ids.items() <= tokenizer.vocabulary().items():
-        raise UserError(f"{directory} numbers its tokens differently from GPT-2's or a character vocabulary: that is "
-                        f"not supported")
-    return tokenizer
-
-
-def fetch_state(pretrained: Pretrained) -> dict[str, Tensor]:
-    """The weights as GPT(config).state_dict() has them, float32 on the CPU. UserError for what does not fit.
-
-    Published ones are downloaded if need be, from huggingface.co or the hub that HF_ENDPOINT names.
-    """
-    if pretrained.name in PUBLISHED:
-        revision, sha256 = PUBLISHED[pretrained.name]
-        hub = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
-        url = f"{hub}/openai-community/{pretrained.name}/resolve/{revision}/{WEIGHTS}"
-        download(url, pretrained.directory / WEIGHTS, sha256)
-    return read_state(pretrained.directory, pretrained.config)
+    return Pretrained(name, directory, config, stored[1]["kind"] if stored else "gpt2", data_dir)
 
 
 def read_json(path: Path) -> dict:
@@ -149,6 +132,8 @@ def read_json(path: Path) -> dict:
 def read_config(path: Path) -> GPTConfig:
     """The config that a config.json describes, without dropout. UserError names each field that is not supported."""
     values = read_json(path)
+    if values.get("model_type", "gpt2") != "gpt2":
+        raise UserError(f"{path}: model_type={str(values['model_type'])[:60]} is not supported, only gpt2")
     keys = dict(n_layer="n_layer", n_head="n_head", n_embd="n_embd", vocab_size="vocab_size",
                 block_size="n_positions" if "n_positions" in values else "n_ctx")
     problems = []
@@ -168,7 +153,8 @@ def read_config(path: Path) -> GPTConfig:
             problems.append(f"n_embd={shape['n_embd']} is not divisible by n_head={shape['n_head']}")
     if problems:
         raise UserError(*(f"{path}: {problem}" for problem in problems))
-    return GPTConfig(**shape, tie_weights=values.get("tie_word_embeddings", True))
+    return GPTConfig(**shape, mlp=ACTIVATIONS[values.get("activation_function", "gelu_new")],
+                     tie_weights=values.get("tie_word_embeddings", True))
 
 
 def read_tokenizer_files(directory: Path) -> tuple[Path, dict, dict[str, int]] | None:
@@ -289,77 +275,3 @@ def read_tensor(name: str, tensor: StoredTensor, shape: list[int]) -> Tensor:
     value = value.t() if name.endswith(TRANSPOSED) else value
     value = value.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     return F.pad(value, (0, 0, 0, shape[0] - len(value))) if name in VOCABULARY_ROWS else value
-
-
-def check_exportable(config: GPTConfig, path: Path) -> None:
-    """UserError if the model of the checkpoint `path` has parts that Hugging Face's GPT-2 does not have."""
-    others = [f"{name}={getattr(config, name)}" for name, only in EXPORTABLE.items() if getattr(config, name) != only]
-    if others:
-        possible = ", ".join(f"{name}={only}" for name, only in EXPORTABLE.items())
-        raise UserError(f"{path}: {', '.join(others)} {'has' if len(others) == 1 else 'have'} no counterpart in "
-                        f"Hugging Face's GPT-2; only {possible} can be exported")
-
-
-def write_pretrained(directory: Path, model: GPT, tokenizer: Tokenizer) -> None:
-    """Write a model into `directory`, created if need be, config.json last. UserError where that is impossible."""
-    contents = exported_tokenizer(tokenizer, model.config.block_size)
-    contents["config.json"] = exported_config(model.config, tokenizer.end_of_text)
-    is_new = not directory.exists()
-    make_directory(directory)
-    try:
-        with atomic_write(*(directory / name for name in (WEIGHTS, *contents))) as (weights, *files):
-            save_file(exported_tensors(model), weights, metadata={"format": "pt"})
-            for file, content in zip(files, contents.values()):
-                text = content if isinstance(content, str) else json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-                file.write_text(text, encoding="utf-8", newline="")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {directory}: {reason(error)}") from None
-    finally:
-        if is_new and not any(directory.iterdir()):
-            directory.rmdir()
-
-
-def exported_tensors(model: GPT) -> dict[str, Tensor]:
-    """The weights as GPT2LMHeadModel has them: Conv1D's orientation, every bias, no rows that pad the vocabulary."""
-    config, tensors = model.config, {}
-    for name, value in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_weights:
-            continue
-        if name in VOCABULARY_ROWS:
-            value = value[: config.vocab_size]
-        elif not config.bias and "wpe" not in name:
-            tensors[name.removesuffix("weight") + "bias"] = torch.zeros(len(value))
-        value = value.t() if name.endswith(TRANSPOSED) else value
-        tensors[name] = value.clone(memory_format=torch.contiguous_format)
-    return tensors
-
-
-def exported_config(config: GPTConfig, end_of_text: int | None) -> dict:
-    """The content of config.json; `end_of_text`: the token's id."""
-    return {
-        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": config.vocab_size,
-        "n_positions": config.block_size, "n_ctx": config.block_size, "n_embd": config.n_embd,
-        "n_layer": config.n_layer, "n_head": config.n_head, "n_inner": None, "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "attn_pdrop": config.dropout,
-        "embd_pdrop": config.dropout, "resid_pdrop": config.dropout, "tie_word_embeddings": config.tie_weights,
-        "bos_token_id": end_of_text, "eos_token_id": end_of_text,
-    }
-
-
-def exported_tokenizer(tokenizer: Tokenizer, block_size: int) -> dict[str, str | dict]:
-    """{file name: text, or content to be written as JSON} of the tokenizer."""
-    settings = {"model_max_length": block_size, "clean_up_tokenization_spaces": False}
-    if tokenizer.kind == "gpt2":
-        specials = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
-        return {"vocab.json": tokenizer.vocabulary(), "merges.txt": tokenizer.merges,
-                "tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False,
-                                          **settings, **specials}}
-    characters = {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
-        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False},
-        "post_processor": None, "decoder": {"type": "Fuse"},
-        # "<unk>" is not among the tokens: unknown characters are errors, as they are here.
-        "model": {"type": "WordLevel", "vocab": tokenizer.vocabulary(), "unk_token": "<unk>"},
-    }
-    return {"tokenizer.json": characters,
-            "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", **settings}}

@@ -3,18 +3,23 @@
 Shapes as in model.py: B rows decoded together, T tokens of each, V = vocab_size.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lib.kernels import PackedLinear
 from model import GPT, KVCache
+
+# All but cuDNN's, which builds a plan for each new length of a prompt.
+UNPLANNED_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+DRAWN_AHEAD = 64  # tokens of a text whose random numbers are drawn at once
 
 
 @dataclass
@@ -50,7 +55,9 @@ def advance(cache: KVCache, T: int) -> None:
     """
     if isinstance(cache, StaticCache):
         cache.positions = cache.n_tokens + cache.all_positions[:T]
-        cache.mask = cache.all_positions <= cache.positions[:, None]  # (T, block_size)
+        # Once for all layers.
+        cache.mask = torch.zeros((T, len(cache.all_positions)), dtype=cache.keys.dtype, device=cache.keys.device)
+        cache.mask.masked_fill_(cache.all_positions > cache.positions[:, None], -math.inf)
         cache.n_tokens.add_(T)
         return
     block_size = cache.keys.size(3)
@@ -78,37 +85,14 @@ def prefill(model: GPT, windows: Tensor, cache: KVCache) -> Tensor:
     for i, window in enumerate(windows):
         rows = slice(i * copies, (i + 1) * copies)
         keys, values = cache.keys[:, rows], cache.values[:, rows]
-        logits.append(next_logits(model, window[None], KVCache(keys[:, :1], values[:, :1])))
+        with sdpa_kernel(UNPLANNED_ATTENTION):
+            logits.append(next_logits(model, window[None], KVCache(keys[:, :1], values[:, :1])))
         keys[:, 1:, :, :T], values[:, 1:, :, :T] = keys[:, :1, :, :T], values[:, :1, :, :T]
     if isinstance(cache, StaticCache):
         cache.n_tokens.fill_(T)
     else:
         cache.length = T
     return torch.cat(logits).repeat_interleave(copies, dim=0)
-
-
-class GraphedDecoder:
-    """`next_logits` of one token per row as a CUDA graph: one launch instead of hundreds."""
-
-    def __init__(self, model: GPT, cache: StaticCache) -> None:
-        """`cache` is empty, and belongs to the graph from now on."""
-        self.idx = torch.zeros((cache.keys.size(1), 1), dtype=torch.int64, device=cache.keys.device)
-        self.graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # warm-up: libraries may not allocate workspaces during capture
-            next_logits(model, self.idx, cache)
-        torch.cuda.current_stream().wait_stream(stream)
-        cache.n_tokens.zero_()
-        with torch.cuda.graph(self.graph):
-            self.logits = next_logits(model, self.idx, cache)
-        cache.n_tokens.zero_()
-
-    def __call__(self, idx: Tensor) -> Tensor:
-        """Logits (B, V) of the token after idx, int64 (B, 1); the next call overwrites them."""
-        self.idx.copy_(idx)
-        self.graph.replay()
-        return self.logits
 
 
 def window_start(n: int, block_size: int) -> int:
@@ -123,13 +107,12 @@ def window_start(n: int, block_size: int) -> int:
     return half * max(0, -(-(n - block_size) // half))
 
 
-def penalise(logits: Tensor, tokens: Tensor, penalty: float) -> Tensor:
-    """Logits (B, V) where those of tokens, int64 (B, T), are divided by `penalty` if positive, else multiplied.
+def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits (B, V) where those of tokens `seen`, bool (B, V), are divided by `penalty` if positive, else multiplied.
 
     A penalty > 1 makes these tokens less likely (CTRL, Keskar et al. 2019).
     """
-    seen = logits.gather(1, tokens)
-    return logits.scatter(1, tokens, torch.where(seen > 0, seen / penalty, seen * penalty))
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def choose_tokens(logits: Tensor, uniforms: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
@@ -162,36 +145,96 @@ def choose_tokens(logits: Tensor, uniforms: Tensor, temperature: float = 1.0, to
     return (drawn if ids is None else ids.gather(-1, drawn))[:, 0].to(device)
 
 
+class Decoder:
+    """Decodes B rows of tokens, one for each row at a time, all from buffers that stay: a CUDA graph can do it."""
+
+    def __init__(self, model: GPT, rows: int, static: bool, repetition_penalty: float = 1.0, **choice: float) -> None:
+        """`static`: with a cache of constant size, and a graph if the model is on CUDA."""
+        self.model, self.repetition_penalty, self.choice = model, repetition_penalty, choice
+        self.cache, device = make_cache(model, rows, static), model.transformer.wte.weight.device
+        self.tokens = torch.zeros((rows, 1), dtype=torch.int64, device=device)  # chosen last
+        # MPS has no float64.
+        self.uniforms = torch.zeros(rows, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+        # Which tokens each row has had; only a penalty asks.
+        V = model.config.vocab_size if repetition_penalty != 1 else 0
+        self.seen = torch.zeros((rows, V), dtype=torch.bool, device=device)
+        self.graph = self.captured() if static and device.type == "cuda" else None
+
+    def captured(self) -> torch.cuda.CUDAGraph:
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # warm-up: libraries may not allocate workspaces during capture
+            self.decode()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.cache.n_tokens.zero_()
+        with torch.cuda.graph(graph):
+            self.decode()
+        return graph
+
+    def start(self, idx: Tensor) -> None:
+        """Take the tokens idx, int64 (B, T), for those that the rows have had."""
+        self.seen.zero_()
+        self.note(idx)
+
+    def note(self, idx: Tensor) -> None:
+        if self.repetition_penalty != 1:
+            self.seen.scatter_(1, idx, True)
+
+    def choose(self, logits: Tensor) -> None:
+        """Choose the next tokens by logits (B, V)."""
+        if self.repetition_penalty != 1:
+            logits = penalise(logits, self.seen, self.repetition_penalty)
+        self.tokens.copy_(choose_tokens(logits, self.uniforms, **self.choice)[:, None])
+        self.note(self.tokens)
+
+    def decode(self) -> None:
+        self.choose(next_logits(self.model, self.tokens, self.cache))
+
+    def step(self, windows: Tensor | None, uniforms: Tensor) -> Tensor:
+        """The rows' next tokens, int64 (B,), drawn with uniforms, float64 (B,).
+
+        They follow windows, int64 (n, T), as in `prefill`, or, if that is None, the tokens before.
+        """
+        self.uniforms.copy_(uniforms)
+        if windows is not None:
+            self.choose(prefill(self.model, windows, self.cache))
+        elif self.graph:
+            self.graph.replay()
+        else:
+            self.decode()
+        return self.tokens[:, 0].clone()
+
+
 @torch.inference_mode()
 def stream(model: GPT, idx: Tensor, max_new_tokens: int, num_samples: int = 1, seed: int = 0,
-           repetition_penalty: float = 1.0, static_cache: bool = False, **choice: float) -> Iterator[Tensor]:
+           **choice: float) -> Iterator[Tensor]:
     """Continue tokens idx, int64 (n, T >= 1), num_samples times each: yield the next int64 (n * num_samples,).
 
-    What row i draws depends on seed + i alone: it is what that seed gives by itself. `choice`: see
-    `choose_tokens`; `repetition_penalty`: see `penalise`; the end of the context: see `window_start`.
+    What row i draws depends on seed + i alone: on a CPU it is what that seed gives by itself, bit for bit; on a GPU
+    products of more rows may round differently. `choice`: repetition_penalty, see `penalise`, and the options of
+    `choose_tokens`; the end of the context: see `window_start`.
     """
     was_training = model.training
     model.eval()
-    rows = len(idx) * num_samples
+    rows, decoders = len(idx) * num_samples, getattr(model, "decoders", None)
+    key, is_static = (rows, *sorted(choice.items())), decoders is not None
+    decoder = (is_static and decoders.pop(key, None)) or Decoder(model, rows, is_static, **choice)
     generators = [np.random.default_rng(seed + row) for row in range(rows)]
-    cache = make_cache(model, rows, static_cache)
-    is_graph = static_cache and cache.keys.is_cuda
-    decode = GraphedDecoder(model, cache) if is_graph else partial(next_logits, model, cache=cache)
     windows, tokens, start = idx, idx.repeat_interleave(num_samples, dim=0), None
+    decoder.start(tokens)
     try:
-        for _ in range(max_new_tokens):
-            if start == (start := window_start(tokens.size(1), model.config.block_size)):
-                logits = decode(tokens[:, -1:])
-            else:
-                logits = prefill(model, windows[:, start:], cache)
-            if repetition_penalty != 1:
-                logits = penalise(logits, tokens, repetition_penalty)
-            uniforms = torch.tensor([generator.random() for generator in generators], dtype=torch.float64)
-            new = choose_tokens(logits, uniforms, **choice)
+        for n in range(max_new_tokens):
+            if n % DRAWN_AHEAD == 0:  # a copy to the device for all of them
+                drawn = np.stack([generator.random(DRAWN_AHEAD) for generator in generators], axis=1)
+                uniforms = torch.tensor(drawn, device=decoder.uniforms.device)
+            is_read = start == (start := window_start(tokens.size(1), model.config.block_size))
+            new = decoder.step(None if is_read else windows[:, start:], uniforms[n % DRAWN_AHEAD])
             windows = tokens = torch.cat((tokens, new[:, None]), dim=1)
             yield new
     finally:
         model.train(was_training)
+        if is_static:
+            decoders[key] = decoder
 
 
 def generate(model: GPT, idx: Tensor, max_new_tokens: int, num_samples: int = 1, **options: float) -> Tensor:
@@ -220,9 +263,9 @@ class CenteredHead(nn.Module):
 
 
 def prepare_for_inference(model: GPT, device: torch.device, dtype: torch.dtype) -> GPT:
-    """The model on `device` with weights of `dtype`, in eval mode; on CPUs its linear layers become PackedLinear.
+    """The model on `device` with weights of `dtype`, in eval mode; it can no longer be trained or saved.
 
-    It can no longer be trained or saved.
+    On CPUs its linear layers become PackedLinear; on CUDA it keeps its static Decoders, with their graphs.
     """
     model.requires_grad_(False).eval()
     if dtype != torch.float32:
@@ -230,6 +273,8 @@ def prepare_for_inference(model: GPT, device: torch.device, dtype: torch.dtype) 
     for parameter in model.parameters():
         parameter.data = parameter.data.to(device, dtype)  # one at a time; the position tables (buffers) stay float32
     model.to(device)
+    if device.type == "cuda":
+        model.decoders = {}  # by number of rows and how tokens are chosen
     if device.type == "cpu" and PackedLinear.is_available():
         for module in list(model.modules()):
             for name, child in module.named_children():

@@ -6,6 +6,12 @@ import torch
 from torch import nn
 
 from core.config import ResolvedConfig
+from lib.device import choose_dtype
+from lib.distributed import ALONE, Processes
+from lib.muon import Muon
+
+# What each optimizer keeps for a parameter, besides a count of its updates.
+MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), Muon: ("momentum_buffer",)}
 
 
 def learning_rate_at(step: int, cfg: ResolvedConfig) -> float:
@@ -31,7 +37,7 @@ def learning_rate_at(step: int, cfg: ResolvedConfig) -> float:
 class MuonAndAdamW:
     """Muon for the blocks' matrices, AdamW for the rest, with the methods that Trainer and GradScaler use."""
 
-    def __init__(self, muon: torch.optim.Optimizer, adamw: torch.optim.Optimizer) -> None:
+    def __init__(self, muon: Muon, adamw: torch.optim.AdamW) -> None:
         self.muon, self.adamw = muon, adamw
 
     @property
@@ -53,17 +59,14 @@ class MuonAndAdamW:
     def state_dict(self) -> dict:
         return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
 
-    def load_state_dict(self, states: dict) -> None:
-        self.muon.load_state_dict(states["muon"])
-        self.adamw.load_state_dict(states["adamw"])
 
-
-def make_optimizer(model: nn.Module, cfg: ResolvedConfig, device: torch.device) -> torch.optim.Optimizer | MuonAndAdamW:
+def make_optimizer(model: nn.Module, cfg: ResolvedConfig, device: torch.device,
+                   processes: Processes = ALONE) -> torch.optim.Optimizer | MuonAndAdamW:
     """The optimizer cfg names, with weight decay on matrices only.
 
-    "adamw": Loshchilov & Hutter 2019, fused where the device has it. "muon": torch.optim.Muon (Jordan
-    et al. 2024) for the blocks' matrices, its updates scaled to the size of AdamW's (Liu et al. 2025), so
-    that one learning rate serves both; AdamW for embeddings, head, norms and biases.
+    "adamw": Loshchilov & Hutter 2019, fused where the device has it. "muon": Muon (Jordan et al. 2024) for
+    the blocks' matrices, its updates scaled to the size of AdamW's (Liu et al. 2025), so that one learning
+    rate serves both; AdamW for embeddings, head, norms and biases. Muon iterates in bfloat16 where that is fast.
     """
     hidden = [p for p in model.transformer.h.parameters() if p.dim() == 2] if cfg.optimizer == "muon" else []
     taken = set(hidden)
@@ -74,6 +77,15 @@ def make_optimizer(model: nn.Module, cfg: ResolvedConfig, device: torch.device) 
                               fused=device.type in ("cpu", "cuda"))
     if not hidden:
         return adamw
-    muon = torch.optim.Muon(hidden, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, momentum=cfg.beta1,
-                            adjust_lr_fn="match_rms_adamw")
-    return MuonAndAdamW(muon, adamw)
+    dtype = torch.bfloat16 if choose_dtype("auto", device) == torch.bfloat16 else torch.float32
+    return MuonAndAdamW(Muon(hidden, dtype, not cfg.exact_sum, processes, lr=cfg.learning_rate,
+                             weight_decay=cfg.weight_decay, momentum=cfg.beta1), adamw)
+
+
+def load_moments(optimizer: torch.optim.Optimizer | MuonAndAdamW, saved: dict) -> None:
+    """Load the moments of `saved`, a state_dict; learning rate, decay, betas and kernels stay `optimizer`'s own."""
+    if isinstance(optimizer, MuonAndAdamW):
+        load_moments(optimizer.muon, saved["muon"])
+        load_moments(optimizer.adamw, saved["adamw"])
+    else:
+        optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})

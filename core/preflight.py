@@ -1,17 +1,24 @@
 """Every refusal that needs data, checkpoints or the machine: all at once, before anything is downloaded or made."""
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from core import huggingface
-from core.checkpoint import STATE_FIELDS, check_same_data, peek, refuse_to_overwrite, then_and_now
+import torch
+
+from core import pretrained
+from core.checkpoint import refuse_to_overwrite
 from core.config import SHAPE, Problems, TrainConfig, Values, build_config, check_value
 from core.corpus import CORPORA, fingerprint_of, read_meta
-from lib.cli import UserError, nearest
-from lib.device import choose_device, choose_dtype, dtype_name
+from core.runs import is_restart, peek
+from core.schema import STATE_FIELDS, check_same_data, check_same_model
+from lib.cli import UserError, nearest, plural
+from lib.device import choose_device, choose_dtype, dtype_name, total_memory
+from lib.distributed import ALONE, Processes
 from lib.files import reason
+from model import LARGE_VOCABULARY
 
 
 @contextmanager
@@ -25,48 +32,67 @@ def collected(problems: Problems, where: str) -> Iterator[None]:
         problems.append(f"{where}: {reason(error)}")
 
 
-def check_run(values: Values, problems: Problems) -> TrainConfig:
-    """The config of `values`, with its device, dtype and compilation chosen.
+def check_run(values: Values, problems: Problems, processes: Processes = ALONE, plans: bool = False) -> TrainConfig:
+    """The config of `values` for `processes`, with its device, dtype and compilation chosen.
 
     The weights it starts from (its checkpoint's, or those of init_from) supply the shape fields that `values` omit.
-    UserError with `problems` and every further one that can be found now.
+    UserError with `problems` and every further one that can be found now; a run that is only planned may not fit in
+    memory, and have the directory of another.
     """
     problems = list(problems)
     draft, _ = build_config(values)  # locates those weights; invalid fields have their defaults
+    if draft.run_name and is_restart(draft.run_dir, processes.launch):
+        values = values | {"resume": True}
+        draft = dataclasses.replace(draft, resume=True)
     path = saved = weights = None
     with collected(problems, f"out_dir={draft.out_dir}"):
         if draft.run_name and draft.resume:  # an invalid run_name is reported below
             path, saved = peek(draft.run_dir)
-        elif draft.run_name:
+        elif draft.run_name and not plans:
             refuse_to_overwrite(draft.run_dir)
     for name, directory in (("out_dir", draft.out_dir), ("log_dir", draft.log_dir), ("data_dir", draft.data_dir)):
         with collected(problems, f"{name}={directory}"):
             check_directory(name, Path(directory))
     with collected(problems, f"init_from={draft.init_from}"):
         if draft.init_from and not saved:
-            weights = huggingface.find(draft.init_from, draft.data_dir)
+            weights = pretrained.find(draft.init_from, draft.data_dir)
     shape = vars(weights.config) if weights else saved["config"] if saved else {}
     names = STATE_FIELDS if saved else SHAPE
     shape = {name: shape[name] for name in names if name in shape and not check_value(name, shape[name])[1]}
     cfg, invalid = build_config(shape | values, unknown=SHAPE if draft.init_from and not shape else ())
     problems += invalid
-    if saved:
-        problems += state_changes(saved["config"], cfg, path)
+    with collected(problems, "resume"):
+        if saved:
+            check_same_model(path, saved, cfg)
     if weights:
         problems += shape_conflicts(values, shape, draft.init_from)
     with collected(problems, f"data_dir={cfg.data_dir}"):
         check_data(cfg, path, saved, weights)
-    machine = {}
+    problems += division_problems(cfg, processes.size)
     with collected(problems, f"device={cfg.device}"):
-        machine = choose_machine(cfg)
+        cfg = dataclasses.replace(cfg, **choose_machine(cfg))
+        if not plans:
+            check_memory(cfg)
     if problems:
-        raise UserError(*dict.fromkeys(problems))
-    return dataclasses.replace(cfg, **machine)
+        raise UserError(*dict.fromkeys(problems))  # a damaged data set is found twice
+    return cfg
+
+
+def division_problems(cfg: TrainConfig, n_processes: int) -> Problems:
+    """Why n_processes cannot share the work of a run, if they cannot."""
+    problems, n = [], cfg.gradient_accumulation_steps
+    if n % n_processes:
+        divisors = [str(d) for d in range(1, min(n, 1024) + 1) if n % d == 0]
+        problems.append(f"gradient_accumulation_steps={n} cannot be divided among {n_processes} processes: set it to a "
+                        f"multiple of {n_processes}, or start {' or '.join(divisors)}")
+    if n_processes > 1 and (cfg.device == "mps" or cfg.device.startswith("cuda:")):
+        problems.append(f"device={cfg.device} is one device, and there are {n_processes} processes: use cuda or cpu")
+    return problems
 
 
 def check_directory(name: str, directory: Path) -> None:
     """UserError if `directory` neither is a directory nor can become one."""
-    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    existing = next(path for path in (directory, *directory.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir():
         raise UserError(f"{name}={directory}: {existing} is not a directory")
 
@@ -78,10 +104,28 @@ def choose_machine(cfg: TrainConfig) -> dict[str, str]:
     return {"device": str(device), "dtype": dtype_name(choose_dtype(cfg.dtype, device)), "compile": wanted}
 
 
-def state_changes(saved: dict, cfg: TrainConfig, path: Path) -> Problems:
-    """Fields in which `cfg` contradicts the weights and moments saved in `path`."""
-    return [f"{name} is {then!r} in {path} and {now!r} now: resume with --{name}={then}, or start another run with "
-            f"--run_name=NAME" for name, then, now in then_and_now(saved, cfg) if name in STATE_FIELDS]
+def check_memory(cfg: TrainConfig) -> None:
+    """UserError if a training step cannot fit in the device's memory, by about half of what it really takes."""
+    available = total_memory(torch.device(cfg.device))
+    n_tokens, vocab_size = cfg.batch_size * cfg.block_size, known_vocab_size(cfg)
+    # Kept for each layer's backward pass: q, k, v, attention's and c_fc's outputs, the residual stream twice.
+    activations = n_tokens * cfg.n_layer * 10 * cfg.n_embd * (4 if cfg.dtype == "float32" else 2)
+    logits = n_tokens * vocab_size * 12 if vocab_size < LARGE_VOCABULARY else 0  # float32, softmax and gradient
+    for what, needed, lower in (
+        ("weights, gradients and moments", cfg.n_layer * 12 * cfg.n_embd**2 * 12, "n_layer or n_embd"),
+        (f"activations and logits of {cfg.batch_size} x {cfg.block_size} tokens", activations + logits,
+         "batch_size (and raise gradient_accumulation_steps by the same factor) or block_size"),
+        (f"indices of {cfg.sequences:,} sequences a step", 32 * cfg.sequences, "gradient_accumulation_steps"),
+    ):
+        if available and needed > available:
+            raise UserError(f"{what} take more than {needed >> 30:,} GiB, and {cfg.device} has {available >> 30:,} GiB "
+                            f"of memory: lower {lower}")
+
+
+def known_vocab_size(cfg: TrainConfig) -> int:
+    """The size of cfg.dataset's vocabulary, 0 as long as it is not prepared."""
+    directory = Path(cfg.data_dir) / cfg.dataset
+    return read_meta(directory)["vocab_size"] if (directory / "meta.json").exists() else 0
 
 
 def shape_conflicts(values: Values, shape: dict, init_from: str) -> Problems:
@@ -96,7 +140,7 @@ def shape_conflicts(values: Values, shape: dict, init_from: str) -> Problems:
 
 
 def check_data(cfg: TrainConfig, path: Path | None, saved: dict | None,
-               weights: huggingface.Pretrained | None) -> None:
+               weights: pretrained.Pretrained | None) -> None:
     """UserError if cfg.dataset is unknown or damaged, or does not fit cfg, the checkpoint or the weights."""
     directory = Path(cfg.data_dir) / cfg.dataset
     if (directory / "meta.json").exists():
@@ -114,19 +158,11 @@ def check_data(cfg: TrainConfig, path: Path | None, saved: dict | None,
         raise UserError(f"unknown dataset {cfg.dataset}{nearest(cfg.dataset, known)}: there are {', '.join(known)}; "
                         f"prepare_data.py creates others")
     if weights and (kind != weights.tokenizer_kind or vocab_size not in (None, weights.config.vocab_size)):
-        raise UserError(vocabulary_message(cfg, weights))
+        raise UserError(pretrained.vocabulary_message(cfg, weights))
 
 
 def check_length(cfg: TrainConfig, n_tokens: int) -> None:
     """UserError if a training split of `n_tokens` tokens does not fill one window."""
     if n_tokens <= cfg.block_size:
-        raise UserError(f"block_size={cfg.block_size} is too long for the data: {cfg.dataset} has {n_tokens} training "
-                        f"tokens, and a window needs {cfg.block_size + 1}")
-
-
-def vocabulary_message(cfg: TrainConfig, weights: huggingface.Pretrained) -> str:
-    """The message when cfg.dataset's vocabulary differs from the weights'."""
-    hint = "; shakespeare has it, and so does any data set prepared with prepare_data.py --tokenizer gpt2"
-    return (f"dataset={cfg.dataset} does not have the vocabulary of init_from={cfg.init_from} "
-            f"({weights.tokenizer_kind}, {weights.config.vocab_size:,} symbols): choose another data set"
-            f"{hint if weights.tokenizer_kind == 'gpt2' else ''}")
+        raise UserError(f"block_size={cfg.block_size} is too long for the data: {cfg.dataset} has "
+                        f"{plural(n_tokens, 'training token')}, and a window needs {cfg.block_size + 1}")

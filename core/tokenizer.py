@@ -10,7 +10,7 @@ import numpy as np
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str as GPT2_PATTERN
 
-from lib.cli import UserError
+from lib.cli import UserError, plural
 
 UNKNOWN = -1
 END_OF_TEXT = "<|endoftext|>"
@@ -51,8 +51,12 @@ class CharTokenizer:
         if unknown.any():
             position = int(unknown.argmax())
             raise UserError(f"character {text[position]!r} at position {position} is not among the "
-                            f"{self.vocab_size} characters of the vocabulary")
+                            f"{plural(self.vocab_size, 'character')} of the vocabulary")
         return ids
+
+    def unknown(self, text: str) -> np.ndarray:
+        """Positions of the characters of `text` that are not in the vocabulary, int64 (n,)."""
+        return np.flatnonzero(self._ids[code_points(text)] == UNKNOWN)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`."""
@@ -89,6 +93,10 @@ class GPT2Tokenizer:
     def encode(self, text: str) -> np.ndarray:
         """Ids of `text`, uint32 (tokens,). Names of special tokens are encoded as plain text."""
         return self._bpe.encode_to_numpy(text, disallowed_special=())
+
+    def unknown(self, text: str) -> np.ndarray:
+        """No positions: any text is made of known bytes."""
+        return np.zeros(0, dtype=np.int64)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""

@@ -1,6 +1,7 @@
 """A model and its optimizer: one optimizer step."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -8,9 +9,11 @@ from torch import Tensor, nn
 
 from core.config import ResolvedConfig
 from core.dataset import Batch
-from core.optim import learning_rate_at, make_optimizer
+from core.optim import learning_rate_at, load_moments, make_optimizer
+from core.schema import check_moments
 from lib.cli import first_line
-from lib.device import DTYPES, autocast, default_generator, is_out_of_memory
+from lib.device import DTYPES, autocast, default_generator, is_out_of_memory, reproducible, send, use_tf32
+from lib.distributed import ALONE, GradientSum, Processes
 from lib.kernels import IGNORE_INDEX
 from model import GPT, GPTConfig
 
@@ -20,21 +23,26 @@ class Diverged(Exception):
 
 
 class Trainer:
-    """A GPT initialised from cfg.seed, with its optimizer and gradient scaler."""
+    """A GPT initialised from cfg.seed, with its optimizer and gradient scaler; the same in all processes."""
 
-    def __init__(self, cfg: ResolvedConfig, vocab_size: int) -> None:
-        self.cfg = cfg
+    def __init__(self, cfg: ResolvedConfig, vocab_size: int, processes: Processes = ALONE) -> None:
+        self.cfg, self.processes = cfg, processes
         self.device, self.dtype = torch.device(cfg.device), DTYPES[cfg.dtype]
+        self.has_tf32 = use_tf32(self.device, self.dtype)
         self.generator = default_generator(self.device)
         torch.manual_seed(cfg.seed)
         self.model = GPT(GPTConfig.of(vars(cfg), vocab_size)).to(self.device)
+        self.model.activation_checkpointing = cfg.activation_checkpointing
         self.parameters = list(self.model.parameters())
-        self.optimizer = make_optimizer(self.model, cfg, self.device)
+        self.optimizer = make_optimizer(self.model, cfg, self.device, processes)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.grad_norm = torch.zeros((), device=self.device)  # of the last step, before clipping
         self.first_bad_step = torch.tensor(-1, device=self.device)  # the first with a non-finite loss or gradient
         self.compile_error: str | None = None
         self.forward = self.compiled() if cfg.compile == "true" else self.model
+        self.sum: GradientSum | None = None  # a single process lets autograd sum, if not exactly
+        if processes.size > 1 or cfg.exact_sum:
+            self.sum = GradientSum(self.parameters, processes, cfg.exact_sum, cfg.gradient_accumulation_steps)
 
     def compiled(self) -> nn.Module:
         """The compiled model, or the plain one if compiling fails (compile_error says why)."""
@@ -58,23 +66,29 @@ class Trainer:
             x, y = (torch.zeros((self.cfg.batch_size, self.cfg.block_size), dtype=torch.int64, device=self.device)
                     for _ in range(2))
             self.model.train(training)
-            with torch.set_grad_enabled(training), autocast(self.device, self.dtype):
-                loss = model(x, y)[1]
-            if training:
-                loss.backward()
+            with reproducible(self.device) if training else torch.no_grad():
+                with autocast(self.device, self.dtype):
+                    loss = model(x, y)[1]
+                if training:
+                    loss.backward()
 
-    def step(self, batch: Batch, step: int) -> Tensor:
-        """Do optimizer step `step` (0 is the first) on its windows; return its loss, a float32 scalar.
+    def step(self, batch: Batch, proceed: Callable[[int], bool] = lambda n_done: True) -> Tensor | None:
+        """Do the optimizer step of `batch`; return its loss, a float32 scalar.
 
-        The loss is the mean over all the step's targets, however they fall into micro-batches. Diverged,
-        before the update, if it or the gradient is not finite; on a GPU only the next `check_finite` raises it.
+        Of W processes the one of rank r computes the micro-batches r, r + W, …; then all do the same update.
+        The loss is the mean over all the step's targets, however they fall into micro-batches. Between
+        micro-batches `proceed` is called with the number done here; if it returns False, which it must do in all
+        processes, the step is dropped: None.
+        Diverged, before the update, if loss or gradient is not finite; on a GPU only the next `check_finite`
+        raises it.
         """
-        cfg = self.cfg
-        # Dropout depends on (seed, step) alone, not on what ran before.
-        self.generator.manual_seed(int(np.random.SeedSequence((cfg.seed, step)).generate_state(1)[0]))
+        cfg, step = self.cfg, batch.step
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(step, cfg)
-        loss = self.backward(batch)
+        loss = self.backward(batch, proceed)
+        if loss is None:
+            self.optimizer.zero_grad()
+            return None
         self.scaler.unscale_(self.optimizer)
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, cfg.grad_clip or math.inf)
         self.note_finite(loss, step)
@@ -83,26 +97,41 @@ class Trainer:
         self.optimizer.zero_grad()
         return loss
 
-    def backward(self, batch: Batch) -> Tensor:
-        """Accumulate the gradients of a step's micro-batches; return their loss."""
+    def backward(self, batch: Batch, proceed: Callable[[int], bool]) -> Tensor | None:
+        """Accumulate the gradients of a step's micro-batches; return their loss, None if not to `proceed`."""
         total = torch.zeros((), device=self.device)
-        n_targets = int((batch[1] != IGNORE_INDEX).sum())
-        on_cuda = self.device.type == "cuda"  # only CUDA batches are pinned; copies to MPS must block
-        for x, y in zip(*(part.split(self.cfg.batch_size) for part in batch)):
-            share = int((y != IGNORE_INDEX).sum()) / n_targets
-            x, y = (part.to(self.device, non_blocking=on_cuda) for part in (x, y))
-            with autocast(self.device, self.dtype):
-                loss = self.forward(x, y)[1] * share
-            self.scaler.scale(loss).backward()
-            total += loss.detach()
-        return total
+        if self.sum:
+            self.sum.start(self.scaler.scale(torch.ones_like(total)))
+        for n_done, (number, (x, y)) in enumerate(batch.part(self.processes.rank, self.processes.size)):
+            if n_done and not proceed(n_done):
+                return None
+            self.seed_dropout(batch.step, number)
+            share = int((y != IGNORE_INDEX).sum()) / batch.n_targets
+            x, y = send(x, self.device), send(y, self.device)
+            with reproducible(self.device):
+                with autocast(self.device, self.dtype):
+                    loss = self.forward(x, y)[1] * share
+                if self.sum:
+                    self.sum.backward(self.scaler.scale(loss), number + self.processes.size >= len(batch.micro_batches))
+                else:
+                    self.scaler.scale(loss).backward()
+                    total += loss.detach()
+        return self.sum.finish() if self.sum else total
+
+    def seed_dropout(self, step: int, number: int) -> None:
+        """Let the dropout of a step's micro-batch depend on nothing else."""
+        self.generator.manual_seed(int(np.random.SeedSequence((self.cfg.seed, step, number)).generate_state(1)[0]))
 
     def note_finite(self, loss: Tensor, step: int) -> None:
         """Remember `step` if it is the first with a non-finite loss or gradient.
 
-        The gradient scaler finds its scale by infinite gradients, and skips those updates itself.
+        The gradient scaler finds its scale by infinite gradients and skips those updates itself, but a scale
+        below 1 is no longer found: no gradient is finite.
         """
-        finite = loss.isfinite() if self.scaler.is_enabled() else loss.isfinite() & self.grad_norm.isfinite()
+        finite = self.grad_norm.isfinite()
+        if self.scaler.is_enabled():
+            finite = finite | (self.scaler.scale(torch.ones_like(loss)) >= 1)
+        finite = loss.isfinite() & finite
         # Not torch.where: it would copy `step` to the device and wait.
         self.first_bad_step.masked_fill_((self.first_bad_step < 0) & ~finite, step)
         if self.device.type == "cpu":
@@ -123,8 +152,9 @@ class Trainer:
     def diverged(self, step: int, what: str) -> Diverged:
         """Build the Diverged error for a non-finite `what` at optimizer step `step`, which counts from 0."""
         return Diverged(f"training diverged at step {step + 1}: {what} not finite, at learning rate "
-                        f"{learning_rate_at(step, self.cfg):g}; try a lower learning_rate, a longer warmup_iters or a "
-                        f"smaller grad_clip")
+                        f"{learning_rate_at(step, self.cfg):g}; try a lower learning_rate, a longer warmup_iters, a "
+                        f"smaller grad_clip{' or dtype=float32' if self.scaler.is_enabled() else ''}"
+                        f"{' or exact_sum=false, which has a wider range' if self.cfg.exact_sum else ''}")
 
     def state_dict(self) -> dict:
         """Weights, moments and the gradient scaler's state, under their keys in a checkpoint."""
@@ -132,7 +162,13 @@ class Trainer:
                 "scaler_state_dict": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Load what `state_dict` returned; other keys are ignored."""
+        """Load a checkpoint's content, which may come from another device or dtype.
+
+        RuntimeError, ValueError, KeyError or TypeError if weights or moments do not fit.
+        """
+        moments, scaler = state["optimizer_state_dict"], state["scaler_state_dict"]
+        check_moments(self.optimizer, moments, state["step"], may_lack=bool(scaler))
         self.model.load_state_dict(state["model_state_dict"])
-        self.optimizer.load_state_dict(state["optimizer_state_dict"])
-        self.scaler.load_state_dict(state["scaler_state_dict"])
+        load_moments(self.optimizer, moments)
+        if scaler:
+            self.scaler.load_state_dict(scaler)

@@ -2,13 +2,15 @@
 
 import contextlib
 import functools
+import os
 import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
-from lib.cli import UserError, first_line, warn
+from lib.cli import UserError, first_line, plural, warn
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Dense bf16 (V100, T4: fp16) peak in FLOP/s from the vendors' data sheets, by whole words of the device's name.
@@ -40,6 +42,7 @@ def choose_device(name: str) -> torch.device:
                         f"use --device=auto")
     if device.type == "cuda":
         check_card(device)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for `reproducible`
     if device.index:
         torch.cuda.set_device(device)  # streams, events and graphs belong to the current one
     return device
@@ -117,6 +120,33 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     return torch.autocast(device.type, dtype)
 
 
+def use_tf32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Let float32 products on CUDA have TF32's 10 bits, for speed; whether this dtype and device have them."""
+    if device.type != "cuda" or dtype != torch.float32 or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    torch.set_float32_matmul_precision("high")
+    return True
+
+
+@contextlib.contextmanager
+def reproducible(device: torch.device) -> Iterator[None]:
+    """While entered, CUDA computes the same bits each time, so that a resumed run equals an uninterrupted one.
+
+    Otherwise the backward passes of attention and, compiled, of the embedding add in the order of the threads.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that takes time
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
 def default_generator(device: torch.device) -> torch.Generator:
     """The generator that dropout on `device` draws from (torch.manual_seed would seed every device's, slowly)."""
     if device.type == "cuda":
@@ -146,7 +176,7 @@ def device_name(device: torch.device) -> str:
     """The device's name, for display."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return {"cpu": f"CPU, {torch.get_num_threads()} threads", "mps": "Apple GPU"}[device.type]
+    return {"cpu": f"CPU, {plural(torch.get_num_threads(), 'thread')}", "mps": "Apple GPU"}[device.type]
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -155,6 +185,26 @@ def peak_flops(device: torch.device) -> float | None:
     if re.search(r"\b(NVL|MIG|Laptop|D)\b", name):
         return None
     return next((peak for known, peak in PEAK_FLOPS.items() if re.search(rf"\b{known}\b", name)), None)
+
+
+def total_memory(device: torch.device) -> int | None:
+    """Bytes of memory of `device`, on a CPU what the machine or its container has; None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    sizes = []
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
+        sizes.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(ValueError, OSError):  # "max", or no such file
+            sizes.append(int(Path(limit).read_text()))
+    return min(sizes, default=None)
+
+
+def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`x` on `device`; to CUDA it is copied from pinned memory, without waiting (elsewhere that would be unsafe)."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def synchronize(device: torch.device) -> None:

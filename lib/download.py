@@ -14,6 +14,7 @@ from lib.files import atomic_write, lock_directory, sha256_of
 
 TIMEOUTS = (10, 30)  # seconds to connect, and between chunks
 ATTEMPTS = 3
+DOWNLOADS = "downloads"  # the directory's name under data_dir
 
 
 class Source(NamedTuple):
@@ -109,5 +110,5 @@ def describe_wrong_file(path: Path, size: int | None) -> str:
 
 
 def fetch_source(source: Source, data_dir: str) -> Path:
-    """Path of a source's file under `data_dir`/downloads, downloaded if it is missing."""
-    return download(source.url, Path(data_dir) / "downloads" / source.name, source.sha256)
+    """Path of a source's file under `data_dir`/downloads, fetched if it is missing."""
+    return download(source.url, Path(data_dir) / DOWNLOADS / source.name, source.sha256)

@@ -1,6 +1,8 @@
 """Fast replacements of slow operations, each equivalent to the plain form that its docstring names."""
 
+import ctypes
 import math
+import platform
 
 import torch
 import torch.nn as nn
@@ -9,7 +11,16 @@ from torch import Tensor
 
 IGNORE_INDEX = -1  # a target that no loss counts
 QUERIES_PER_CHUNK = 128  # in attention on a CPU
+# MKL chooses its code for exp, sin and the like at the first call. Two threads that make it at once may get different
+# code, and a process other bits than the next.
+torch.zeros(1).exp()
+# glibc returns large blocks to the system when they are freed, and each page of a new one costs a fault. Keep them:
+# M_MMAP_THRESHOLD and M_TRIM_THRESHOLD at their highest.
+if platform.libc_ver()[0] == "glibc":
+    for parameter in (-3, -1):
+        ctypes.CDLL(None).mallopt(parameter, 2**31 - 1)
 MAX_LOGITS = 2**27  # held at a time by linear_cross_entropy: half a GiB in float32
+MAX_FUSED_LOGITS = 2**29  # where a compiler keeps them in 16 bits: 1 GiB
 
 
 def keep_mask(shape: torch.Size, dropout: float, device: torch.device) -> Tensor:
@@ -38,10 +49,11 @@ class Dropout(nn.Dropout):
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     """F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout) of (B, H, T, D).
 
-    PyTorch's CPU kernel computes in float32 internally; bfloat16 products in chunks of queries
+    PyTorch's CPU kernel computes in float32 internally, and does not take dropout; products in chunks of queries,
     without the keys after them, are two to five times as fast.
     """
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.size(2) > 4 * QUERIES_PER_CHUNK:
+    is_slow = q.device.type == "cpu" and (q.dtype == torch.bfloat16 or dropout > 0)
+    if not is_slow or q.size(2) > 4 * QUERIES_PER_CHUNK:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
     scale = q.size(-1) ** -0.5
     q, k, values = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
@@ -53,9 +65,47 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         mask = torch.full((end - start, end), -math.inf, dtype=q.dtype).triu(start + 1)
         weights = F.softmax(torch.baddbmm(mask, q[:, start:end], k[:, :end].transpose(1, 2), alpha=scale), dim=-1)
         if dropout:
-            weights = weights * keep_mask(weights.shape, dropout, q.device)
+            weights = weights * keep_mask(weights.shape, dropout, q.device).to(weights.dtype)
         parts.append(weights @ values[:, :end])
     return torch.cat(parts, dim=1).view_as(v)
+
+
+def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
+    """a.T @ b for `a` with entries in [-1, 1]; float32 on CUDA, and for float16, whose sums could overflow."""
+    if a.is_cuda and a.dtype != torch.float32 and torch.version.cuda:
+        return torch.mm(a.T, b, out_dtype=torch.float32)
+    if a.dtype != torch.float16:
+        return a.T @ b
+    limit = torch.finfo(a.dtype).max / (len(a) * b.abs().amax().float())
+    scale = torch.exp2(torch.floor(torch.log2(limit))).clamp(max=1.0)  # a power of two: exact
+    return (a.T @ (b * scale).to(b.dtype)).float() / scale
+
+
+def loss_and_gradient(logits: Tensor, ids: Tensor, vocab_size: int, wants_gradient: bool
+                      ) -> tuple[Tensor, Tensor | None]:
+    """Sum of the cross-entropies of logits (N, V) for targets ids, int64 (N,), and its gradient by the logits; float32.
+
+    ids of IGNORE_INDEX do not count, logits from vocab_size on are taken as -inf. The gradient is None if not wanted.
+    """
+    logits = logits.float()
+    logits[:, vocab_size:] = -math.inf
+    log_p = F.log_softmax(logits, dim=-1)
+    counts, ids = ids[:, None] != IGNORE_INDEX, ids[:, None].clamp(min=0)
+    loss = -(log_p.gather(1, ids) * counts).sum()
+    if not wants_gradient:
+        return loss, None
+    dlogits = log_p.exp_().scatter_add_(1, ids, torch.full_like(ids, -1, dtype=torch.float32))
+    return loss, dlogits * counts
+
+
+def fusible_loss_and_gradient(logits: Tensor, ids: Tensor, vocab_size: int, wants_gradient: bool
+                              ) -> tuple[Tensor, Tensor | None]:
+    """The same from operations on rows and single elements: compiled, no float32 (N, V) is ever in memory."""
+    numbers = torch.arange(logits.size(1), device=logits.device)
+    log_p = F.log_softmax(torch.where(numbers < vocab_size, logits.float(), -math.inf), dim=-1)
+    counts, ids = ids[:, None] != IGNORE_INDEX, ids[:, None].clamp(min=0)
+    loss = -(log_p.gather(1, ids) * counts).sum()
+    return loss, (log_p.exp() - (numbers == ids).float()) * counts if wants_gradient else None
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -67,21 +117,20 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor, targets: Tensor,
                 vocab_size: int, dtype: torch.dtype, wants_gradient: bool) -> Tensor:
-        rows = max(1, MAX_LOGITS // len(weight))
+        of_chunk, rows = loss_and_gradient, max(1, MAX_LOGITS // len(weight))
+        if x.is_cuda and torch.compiler.is_compiling():
+            # Few chunks of one size, a multiple of the products' tiles: one set of compiled kernels serves all.
+            n_chunks = math.ceil(len(x) * len(weight) / MAX_FUSED_LOGITS)
+            of_chunk, rows = fusible_loss_and_gradient, math.ceil(len(x) / n_chunks / 128) * 128
         w, total = weight.to(dtype), torch.zeros((), device=x.device)
         dx, dweight = [], torch.zeros_like(weight, dtype=torch.float32) if wants_gradient else None
         for states, ids in zip(x.to(dtype).split(rows), targets.split(rows)):
-            logits = (states @ w.T).float()
-            logits[:, vocab_size:] = -math.inf
-            log_p = F.log_softmax(logits, dim=-1)
-            counts, ids = ids[:, None] != IGNORE_INDEX, ids[:, None].clamp(min=0)
-            total = total - (log_p.gather(1, ids) * counts).sum()
+            loss, dlogits = of_chunk(states @ w.T, ids, vocab_size, wants_gradient)
+            total = total + loss
             if wants_gradient:
-                # Gradient of the logits; divided by the number of targets later, since float16 might underflow here.
-                dlogits = log_p.exp_().scatter_add_(1, ids, torch.full_like(ids, -1, dtype=torch.float32))
-                dlogits = (dlogits * counts).to(dtype)
+                dlogits = dlogits.to(dtype)  # divided by the number of targets later, since float16 might underflow
                 dx.append(dlogits @ w)
-                dweight += dlogits.T @ states
+                dweight += sum_of_products(dlogits, states)
         n = (targets != IGNORE_INDEX).sum()
         if wants_gradient:
             ctx.save_for_backward(torch.cat(dx), dweight, n)

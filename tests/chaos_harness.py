@@ -6,14 +6,17 @@ is called: a signal at a file operation, a limit on the size of files, a hook of
 """
 
 import builtins
+import dataclasses
 import importlib
 import itertools
+import json
 import math
 import multiprocessing
 import os
 import re
 import resource
 import signal
+import socket
 import sys
 import threading
 import time
@@ -24,7 +27,7 @@ import pytest
 import torch
 from helpers import ROOT, assert_equal_state
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from core.checkpoint import load_checkpoint, step_checkpoints, step_path
@@ -52,8 +55,28 @@ class SmallRun:
         directory.mkdir(parents=True, exist_ok=True)
         self.argv = [f"--{name}={value}" for name, value in (FLAGS | dict(data_dir=data_dir) | flags).items()]
 
-    def start(self, *more, fault=("none",), log=None):
-        return start("train_gpt2", [*self.argv, *more], self.directory, log or self.log, fault)
+    def start(self, *more, fault=("none",), log=None, directory=None, env=None):
+        return start("train_gpt2", [*self.argv, *more], directory or self.directory, log or self.log, fault, env)
+
+    def start_ranks(self, n_processes, *more, only=None):
+        """n_processes that train together, started as torchrun does, a log each; only: {rank: (flags, options)}.
+
+        Options are those of `start`, and local_rank.
+        """
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        together = dict(WORLD_SIZE=n_processes, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        processes = []
+        for rank in range(n_processes):
+            flags, options = (only or {}).get(rank, ((), {}))
+            env = together | dict(RANK=rank, LOCAL_RANK=options.get("local_rank", rank))
+            options = {name: value for name, value in options.items() if name != "local_rank"}
+            processes.append(self.start(*more, *flags, log=self.log_of(rank), env=env, **options))
+        return processes
+
+    def log_of(self, rank):
+        return self.directory / f"log{rank}.txt"
 
     def end(self, *more, fault=("none",)):
         """Run to its end; the exit code."""
@@ -65,18 +88,29 @@ class SmallRun:
     def final(self):
         """The newest checkpoint's content and every logged scalar, [(tag, step, value)]."""
         content = load_checkpoint(step_checkpoints(self.run_dir)[-1])
+        # TensorBoard reads event files in the order of their names: by second, then by process number, which wraps.
+        files = sorted((self.directory / "runs/r").glob("events*"), key=lambda path: path.stat().st_mtime_ns)
+        for n, path in enumerate(files):
+            path.rename(path.with_name(f"events.out.tfevents.{n:010d}"))
         events = EventAccumulator(str(self.directory / "runs/r"), size_guidance={"scalars": 0})
         events.Reload()
         tags = ("train/loss", "train/lr", "train/grad_norm", "val/loss")
         return content, [(tag, event.step, event.value) for tag in tags for event in events.Scalars(tag)]
 
+    def metrics(self):
+        """[(step, tag, value)] of metrics.jsonl, without times, which never fall."""
+        entries = [json.loads(line) for line in (self.directory / "runs/r/metrics.jsonl").read_text().splitlines()]
+        for clock in ("seconds", "time"):
+            assert [entry[clock] for entry in entries] == sorted(entry[clock] for entry in entries)
+        return [(entry["step"], entry["tag"], entry["tag"].startswith("perf/") or entry["value"]) for entry in entries]
+
     def strays(self):
         return [path for path in self.directory.rglob("*") if path.suffix in (".tmp", ".part")]
 
 
-def start(script, argv, directory, log, fault=("none",)):
+def start(script, argv, directory, log, fault=("none",), env=None):
     """A process that runs `script.py argv` in `directory`, its output in the file `log`; fault: (name, *arguments)."""
-    process = PROCESSES.Process(target=run_main, args=(script, argv, directory, log, fault))
+    process = PROCESSES.Process(target=run_main, args=(script, argv, directory, log, fault, env or {}))
     with LOCK, pytest.MonkeyPatch.context() as patch:
         # What the server imports from: Python 3.11 does not hand it sys.path.
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
@@ -135,19 +169,20 @@ def in_parallel(function, items):
 # What runs in the forked processes.
 
 
-def run_main(script, argv, directory, log, fault):
+def run_main(script, argv, directory, log, fault, env):
     """Become `script.py argv`: see `start`."""
+    os.environ.update({name: str(value) for name, value in env.items()})
     os.chdir(directory)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     sys.argv = [script, *argv]
     torch.set_num_threads(1)
     main = importlib.import_module(script).main
     name, *arguments = fault
     FAULTS[name](*arguments)
-    run_script(main)
+    run_script(main, outlives_output=script == "train_gpt2")
 
 
 def before(module, name, action):
@@ -180,9 +215,7 @@ class FileOperations:
         def watched(path, mode="r", *args, **kwargs):
             if "w" not in mode:
                 return open_file(path, mode, *args, **kwargs)
-            if self.saving and not is_checkpoint(path, step):
-                print("operations:", *self.seen, flush=True)
-            self.saving = is_checkpoint(path, step)
+            self.watch(path, step)
             self.count("create")
             file = open_file(path, mode, *args, **kwargs)
             return WatchedFile(self, file) if self.saving else file
@@ -190,6 +223,12 @@ class FileOperations:
         builtins.open = watched
         for name in ("replace", "fsync", "open", "close", "unlink"):
             before(os, name, lambda *args, name=name: self.count(name))
+
+    def watch(self, path, step):
+        """A file is about to be made."""
+        if self.saving and not is_checkpoint(path, step):
+            print("operations:", *self.seen, flush=True)
+        self.saving = is_checkpoint(path, step)
 
     def count(self, name):
         if self.saving:
@@ -253,4 +292,34 @@ def poison(what, step, value):
     register_module_forward_hook(after_forward)
 
 
-FAULTS = {"none": lambda: None, "kill_at_operation": FileOperations, "fill_disk": fill_disk, "poison": poison}
+def redirect_stdout(path):
+    """stdout is the file `path`, closed if that is None; only stderr is still in the log."""
+    if path is None:
+        os.close(1)
+        sys.stdout = None
+    else:
+        os.dup2(os.open(path, os.O_WRONLY), 1)
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+
+
+def fail(step):
+    """A bug: an exception in the first forward pass of `step`, counted from 1, of a process."""
+    def before_forward(module, inputs):
+        if isinstance(module, GPT) and module.training and next(passes) == step - 1:
+            raise ZeroDivisionError("a bug")
+
+    passes = itertools.count()
+    register_module_forward_pre_hook(before_forward)
+
+
+def pretend_cuda(has_card):
+    """The first process finds a GPU, this one only if it `has_card`."""
+    train_gpt2 = importlib.import_module("train_gpt2")
+    check_run, choose_device = train_gpt2.check_run, train_gpt2.choose_device
+    train_gpt2.check_run = lambda *args: dataclasses.replace(check_run(*args), device="cuda")
+    train_gpt2.choose_device = lambda name: None if has_card else choose_device(name)
+
+
+FAULTS = {"none": lambda: None, "kill_at_operation": FileOperations, "fill_disk": fill_disk, "poison": poison,
+          "redirect_stdout": redirect_stdout, "fail": fail,
+          "pretend_cuda": pretend_cuda, "sleep": time.sleep}

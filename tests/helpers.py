@@ -1,16 +1,17 @@
 """What several test files share: scripts as processes, small models, checkpoints compared."""
 
 import os
-import resource
 import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from core.checkpoint import load_checkpoint, step_checkpoints
+from core.tokenizer import CharTokenizer
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +48,8 @@ def assert_refused(process, *words):
 @contextmanager
 def files_up_to(size):
     """As on a full disk, no file can grow over `size` bytes."""
+    import resource  # POSIX only
+
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -60,6 +63,32 @@ def make_model(family="gpt2", seed=0, **changes):
     shape = dict(vocab_size=50, block_size=16, n_layer=2, n_head=2, n_embd=32) | FAMILIES[family] | changes
     torch.manual_seed(seed)
     return GPT(GPTConfig(**shape)).eval()
+
+
+def whole_content(step):
+    """What passes for a whole checkpoint as long as no model is made of it."""
+    return {"model_state_dict": {"w": torch.full((1000,), float(step))}, "optimizer_state_dict": {},
+            "scaler_state_dict": {}, "config": {}, "vocab_size": 3, "tokenizer": CharTokenizer("abc").state(),
+            "data_fingerprint": "", "epoch": 0,
+            "step": step, "val_loss": None, "best_val_loss": None, "best_step": None, "evals_without_better": 0,
+            "pending_losses": []}
+
+
+def flip_bit(path, needle):
+    data = bytearray(path.read_bytes())
+    data[data.index(needle)] ^= 1
+    path.write_bytes(data)
+
+
+class FixedBatch:
+    """The batch of optimizer step `step` made of given windows (x, y), fetched `batch_size` at a time."""
+
+    def __init__(self, windows, step, batch_size=64):
+        self.step, self.n_targets = step, int((windows[1] != -1).sum())
+        self.micro_batches = list(zip(*(part.split(batch_size) for part in windows)))
+
+    def part(self, first=0, every=1):
+        return list(enumerate(self.micro_batches))[first::every]
 
 
 def trained(directory, args, *more, name="tiny", code=0):
@@ -93,3 +122,13 @@ def assert_equal_state(a, b):
         assert tensors[0].keys() == tensors[1].keys() and len(tensors[0]) > 0
         for name, value in tensors[0].items():
             assert torch.equal(value, tensors[1][name]), name
+
+
+def newton_schulz(matrix):
+    """Five quintic steps towards the nearest orthogonal matrix, float64; wide matrices, as the shorter side decides."""
+    x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    x = x / np.linalg.norm(x)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x if matrix.shape[0] <= matrix.shape[1] else x.T

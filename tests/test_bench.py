@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import CPU, assert_refused, run
+from helpers import assert_refused, run
 
 import bench
 from core.config import build_config, read_values, resolve
@@ -63,7 +63,7 @@ def trainer_and_batches(tiny_args):
     corpus = open_corpus(cfg.dataset, cfg.data_dir)
     data = TokenDataset(corpus.train, cfg.block_size)
     cfg = resolve(cfg, len(data))
-    return Trainer(cfg, corpus.tokenizer.vocab_size), batches(data, cfg, 0, CPU)
+    return Trainer(cfg, corpus.tokenizer.vocab_size), batches(data, cfg, 0)
 
 
 def test_json_beside_a_peer(tiny_args, tmp_path, peer):
@@ -83,6 +83,8 @@ def test_json_beside_a_peer(tiny_args, tmp_path, peer):
         assert metrics["dtype"] == "float32" and metrics["compiled"] is False
         assert 0 < metrics["mfu"] < 1 and metrics["peak_flops"] > 1e9
     ours, beside = result["runs"]["ours"], result["runs"]["peer"]
+    assert ours["memory_bandwidth"] > 1e9 and ours["decode_bandwidth_share"] > 0
+    assert beside["memory_bandwidth"] is beside["decode_bandwidth_share"] is None
     assert ours["peak_memory_bytes"] > 50e6 and beside["peak_memory_bytes"] is None
     assert ours["decode_tokens_per_second"]["median"] > 0 and beside["decode_tokens_per_second"] is None
     assert result["tokenize_mb_per_second"]["low"] > 0
@@ -106,7 +108,7 @@ def test_gpt2_size_on_random_tokens(capsys):
     assert bench.main(["gpt2", "--n_layer=1", "--n_head=1", "--n_embd=8", "--block_size=16", "--batch_size=1",
                        "--steps=1", "--warmup=2", "--decode_tokens=0", "--device=cpu", "--dtype=float32"]) == 0
     out = capsys.readouterr().out
-    assert "50,257 symbols; 1 x 1 sequences of 16 = 16 tokens a step" in out
+    assert "50,257 symbols; 1 x 1 sequence of 16 = 16 tokens a step" in out
     rows = table_rows(out)
     assert rows["parameters"] == [f"{50304 * 8 + 12 * 8 * 8 + 13 * 8 + 2 * 8:,}"]
     assert rows["tokenize MB/s"] == rows["decode tokens/s"] == ["n/a"]
@@ -139,10 +141,20 @@ def test_phase_marks_separate_the_work(tiny_args, monkeypatch):
 def test_the_timed_step_is_the_training_step(tiny_args):
     (timed, steps), (plain, same_steps) = trainer_and_batches(tiny_args), trainer_and_batches(tiny_args)
     bench.Ours(timed, steps).run_steps(3)
-    for step, batch in zip(range(3), same_steps):
-        plain.step(batch, step)
+    for _, batch in zip(range(3), same_steps):
+        plain.step(batch)
     weights = [trainer.model.state_dict() for trainer in (timed, plain)]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+@pytest.mark.parametrize("is_tied", ["true", "false"])
+def test_bytes_that_decoding_reads(tiny_args, is_tied):
+    """Every matrix once (an embedding that is not the output layer too gives a row only), and half the cache."""
+    ours = bench.Ours(*trainer_and_batches([*tiny_args, f"--tie_weights={is_tied}"]))
+    weights = sum(p.numel() for name, p in ours.model.named_parameters()
+                  if "wpe" not in name and (is_tied == "true" or "wte" not in name))
+    assert ours.bytes_per_token(20) == 4 * weights + 2 * 2 * 32 * 4 * 10
+    assert ours.bytes_per_token(1000) == 4 * weights + 2 * 2 * 32 * 4 * 16
 
 
 def test_metrics_of_known_times(monkeypatch):
@@ -151,10 +163,11 @@ def test_metrics_of_known_times(monkeypatch):
         steps = [{"data": s / 8, "forward": s / 4, "backward": s / 2, "optimizer": s / 8} for s in seconds]
         return SimpleNamespace(turns=[[step] for step in steps], device=torch.device("cuda"), dtype=torch.bfloat16,
                                compiled=True, n_params=10, flops_per_token=989e9, decode_seconds=[2.0, 4.0, 8.0],
-                               peak_memory=2**30)
+                               peak_memory=2**30, bytes_per_token=lambda n_tokens: 10**9)
 
     cfg, _ = build_config(dict(batch_size=5, gradient_accumulation_steps=2, block_size=100))
     ours, peer = contender(1.0, 2.0, 4.0), contender(3.0, 3.0, 4.0)
+    monkeypatch.setattr(bench, "memory_bandwidth", lambda device: 8e9)
     for card, mfu in (("NVIDIA H100 80GB HBM3", 0.5), ("NVIDIA X1 Unheard-of", None)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, card=card: card)
         metrics = bench.metrics(ours, cfg, 16)
@@ -165,7 +178,7 @@ def test_metrics_of_known_times(monkeypatch):
     assert metrics["tokens_per_second"]["median"] == 500
     assert metrics["share"] == {"data": 1 / 8, "forward": 1 / 4, "backward": 1 / 2, "optimizer": 1 / 8}
     assert metrics["decode_tokens_per_second"]["median"] == 4
-    assert rows["memory"] == "1,024 MiB"
+    assert rows["memory"] == "1,024 MiB" and rows["bandwidth in decoding"] == "50.0% of 8 GB/s"
     assert bench.speedups(ours, peer)["step"] == {"median": 1.5, "low": 1.25, "high": 2.25}
 
 

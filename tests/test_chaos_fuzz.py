@@ -3,9 +3,11 @@
 `python -m pytest -m chaos -s` prints the numbers that the README's table gives.
 """
 
+import collections
 import contextlib
 import io
 import json
+import math
 import random
 import shutil
 import string
@@ -17,10 +19,12 @@ from helpers import ROOT
 
 import prepare_data
 import train_gpt2
-from core.checkpoint import SCHEMA, load_checkpoint, load_model, save_checkpoint, step_path
+from core.checkpoint import load_checkpoint, save_checkpoint, step_path
 from core.config import FIELDS, build_config, check_value, read_values
 from core.corpus import prepare_text, read_corpus
 from core.preflight import check_run
+from core.runs import load_model
+from core.schema import SCHEMA
 from core.tokenizer import GPT2Tokenizer
 from lib.cli import UserError
 from model import GPT, GPTConfig
@@ -192,27 +196,24 @@ def fuzz_checkpoints(rng, path, n, saved, junk, use):
         yield outcome(use, str(path))
 
 
-def resumed(directory, data_dir):
+def resumed(directory, data_dir, *more):
     """(a run in `directory`, a function that resumes it in this process)."""
     run = SmallRun(directory, data_dir, out_dir=directory / "checkpoints", log_dir=directory / "runs")
     run.run_dir.mkdir(parents=True)
-    return run, lambda: train_gpt2.main([*run.argv, "--resume"])
+    return run, lambda: train_gpt2.main([*run.argv, *more, "--resume"])
 
 
 def test_invalid_input_ends_in_a_user_error(tmp_path, saved, data_dir):
     rng = random.Random(0)
-    run, resume = resumed(tmp_path / "resumed", data_dir)
     path, tensors = tmp_path / "fuzzed.pt", [*JUNK, torch.zeros(2)]
     parts = {"config": tensors, "tokenizer": tensors, "model_state_dict": tensors}
     results = {
-        "configs": list(fuzz_configs(rng, tmp_path, 3000)),
+        "configs": list(fuzz_configs(rng, tmp_path, 3500)),
         "flags": list(fuzz_flags(rng, 3000)),
         "runs": list(fuzz_runs(rng, tmp_path, 1500, saved, data_dir)),
         "texts": list(fuzz_texts(rng, tmp_path, 800)),
         "data sets": list(fuzz_corpora(rng, tmp_path, 1600)),
         "checkpoints": list(fuzz_checkpoints(rng, path, 1600, saved, {"": tensors} | parts, lambda: load_model(path))),
-        "resumes": list(fuzz_checkpoints(rng, run.run_dir / saved.name, 500, saved,
-                                         parts | {"config": JUNK, "optimizer_state_dict": tensors}, resume)),
     }
     for kind, outcomes in results.items():
         assert set(outcomes) == {"fine", "refused"}, kind
@@ -220,6 +221,73 @@ def test_invalid_input_ends_in_a_user_error(tmp_path, saved, data_dir):
     assert total >= 12_000
     counts = [f"{kind} {found.count('refused')} refused of {len(found)}" for kind, found in results.items()]
     print(f"\nfuzzed inputs: {total:,} without a traceback; {', '.join(counts)}")
+
+
+def garble(rng, content):
+    """`content` (nested dicts and lists) with something in it, anywhere, dropped or changed."""
+    parent, key, value = {"": content}, "", content
+    while key == "" or (isinstance(value, (dict, list)) and len(value) and rng.random() < 0.8):
+        parent = value
+        key = rng.choice(list(parent) if isinstance(parent, dict) else range(len(parent)))
+        value = parent[key]
+    changes = [*JUNK, torch.zeros(2), torch.tensor(1.0)]
+    if isinstance(value, torch.Tensor):
+        changes = [value.double(), value.half(), value.to(torch.int64), value[None], value.flatten()[:-1],
+                   value * math.nan, value + math.inf, -value - 1, value.to_sparse(), rng.choice(changes)]
+    elif type(value) in (int, float):
+        changes = [-value - 1, value + 1, value * 1000, 10**12, float(value), math.nan, math.inf, rng.choice(changes)]
+    elif isinstance(value, dict) and value:
+        changes = [dict(list(value.items())[:-1]), value | {"more": 1}, list(value), rng.choice(changes)]
+    if rng.random() < 0.2:
+        del parent[key]
+    else:
+        parent[key] = rng.choice(changes)
+
+
+def test_damaged_checkpoints_resume_or_are_refused(tmp_path, data_dir):
+    """Whatever is in the newest one, the run ends with as many whole checkpoints, or says which file is damaged."""
+    rng = random.Random(0)
+    first = SmallRun(tmp_path / "first", data_dir, norm="rmsnorm", bias=False, pos="rope")  # few tensors
+    assert first.end() == 0
+    saved = step_path(first.run_dir, 12)
+    older, best = saved.with_name("step_00000008.pt"), saved.with_name("best.pt")
+
+    def try_one():
+        run, resume = resumed(tmp_path / "run", data_dir, "--max_iters=13", "--keep_checkpoints=3")
+        path, codes = run.run_dir / saved.name, []
+        for other in rng.choice([(), (older,), (older, best)]):
+            shutil.copy(other, run.run_dir)
+        if rng.random() < 0.3:
+            path.write_bytes(mutate(rng, saved.read_bytes()))
+        else:
+            content = load_checkpoint(saved)
+            garble(rng, content)
+            torch.save(content, path)
+        before = whole_checkpoints(run)
+        result, said = attempt(lambda: codes.append(resume()))
+        after = whole_checkpoints(run)
+        assert "Traceback" not in said and codes in ([], [0]), said
+        assert path.name in before or str(path) in said, said
+        if result == "fine":
+            assert after["step_00000013.pt"] == 13, said
+        else:
+            assert "is intact" in said or str(path) in said, said
+        assert len(after) >= len(before), (before, said)
+        shutil.rmtree(run.directory)
+        return result, path.name in before
+
+    outcomes = collections.Counter(try_one() for _ in range(2000))
+    assert min(outcomes[result, whole] for result, whole in (("fine", True), ("fine", False), ("refused", False))) > 50
+    print(f"\nresumed from damaged checkpoints: 2,000 without a traceback; {dict(outcomes)}")
+
+
+def whole_checkpoints(run):
+    """{name: step} of a run's checkpoints that load."""
+    found = {}
+    for path in run.run_dir.glob("*.pt"):
+        with contextlib.suppress(UserError):
+            found[path.name] = load_checkpoint(path)["step"]
+    return found
 
 
 def test_checkpoints_missing_a_key_or_with_a_wrong_type_are_refused(tmp_path, saved, data_dir):

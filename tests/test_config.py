@@ -1,22 +1,18 @@
+import re
 from dataclasses import fields
+from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import ROOT, assert_refused, run
 
-from core.config import MAX_STEPS, TrainConfig, build_config, check_value, file_values, read_values, resolve
+from core.config import MAX_STEPS, TrainConfig, build_config, check_value, read_values, resolve
 from lib.cli import UserError
 
 
 def config_from_argv(argv):
     """(config, all problems) of a command line."""
     values, problems = read_values(argv)
-    cfg, more = build_config(values)
-    return cfg, problems + more
-
-
-def load_config(path, **overrides):
-    """(config, all problems) of a file's values and others on top of them."""
-    values, problems = file_values(path, overrides)
     cfg, more = build_config(values)
     return cfg, problems + more
 
@@ -47,14 +43,14 @@ def test_flags_in_both_forms_override_the_file(tmp_path):
 @pytest.mark.parametrize("line", [
     "import os", "batch_size = __import__('os').getpid()", "seed = open('x', 'w')", "n_layer += 1", "a, b = 1, 2",
     "batch_size = [1][0]", "max_iters = 2 ** 9", "dataset = 'a' * 9", "seed = n_layer", "batch_size: int = 3", "x = (",
-    "seed = -'a'", "run_name = lambda: 0", "n_head = {[]: 1}",
+    "seed = -'a'", "run_name = lambda: 0", "n_head = {[]: 1}", "n_layer = 4\nn_layer = 4",
 ])
 def test_a_config_file_is_read_not_run(tmp_path, line):
     config = tmp_path / "c.py"
     config.write_text(line)
-    cfg, problems = load_config(str(config))
+    cfg, problems = config_from_argv([str(config)])
     assert len(problems) == 1 and "c.py" in problems[0]
-    assert cfg == TrainConfig(run_name="c")
+    assert cfg == TrainConfig(run_name="c")  # 4 layers are the default
     assert list(tmp_path.iterdir()) == [config]
 
 
@@ -63,7 +59,9 @@ def test_a_config_file_is_read_not_run(tmp_path, line):
     ("n_layer", 0, None), ("learning_rate", 1, 1.0), ("learning_rate", float("nan"), None), ("bias", True, True),
     ("learning_rate", float("inf"), None), ("bias", 1, None), ("bias", "true", None), ("compile", True, "true"),
     ("compile", "maybe", None), ("dropout", 1.0, None), ("dataset", 3, None), ("seed", 2**32, None),
-    ("n_layer", None, None),
+    ("n_layer", None, None), ("n_layer", np.int32(3), 3), ("n_layer", np.float64(3), None), ("bias", np.bool_(1), True),
+    ("learning_rate", np.float64(0.5), 0.5), ("learning_rate", np.float32("inf"), None), ("n_layer", Path("3"), None),
+    ("out_dir", Path("a/b"), "a/b"),
 ])
 def test_values_are_checked_for_type_and_range(name, value, good):
     result, problem = check_value(name, value)
@@ -102,6 +100,7 @@ def test_a_switch_consumes_only_true_or_false():
     (["--dataset=.."], "plain directory name"),
     (["--n_layer"], "--n_layer needs a value"),
     (["a.py", "b.py"], "unexpected argument 'b.py'"),
+    ([""], "cannot read config file"),
 ])
 def test_impossible_combinations(flags, words):
     _, problems = config_from_argv(flags)
@@ -125,6 +124,9 @@ def test_resolving_keeps_explicit_values():
 
 
 def test_a_run_of_too_many_steps_is_refused():
+    with pytest.raises(UserError, match="at most 99,999,999"):
+        resolve(TrainConfig(epochs=1e308), n_windows=999)
+    assert resolve(TrainConfig(epochs=1e308, max_iters=7), n_windows=999).max_iters == 7
     assert resolve(TrainConfig(epochs=1.0, batch_size=1), n_windows=MAX_STEPS - 1).max_iters == MAX_STEPS - 1
     with pytest.raises(UserError, match=r"epochs=1 means 100,000,000 steps; a run can have at most 99,999,999"):
         resolve(TrainConfig(batch_size=1), n_windows=MAX_STEPS)
@@ -136,12 +138,22 @@ def test_missing_config_file(tmp_path):
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.py")), ids=lambda path: path.stem)
 def test_every_config_is_valid(path):
-    cfg, problems = load_config(str(path))
+    cfg, problems = config_from_argv([str(path)])
     assert problems == [] and cfg.run_name == path.stem
 
 
-def test_help_lists_every_field(tmp_path):
-    process = run("train_gpt2.py", "--help", cwd=tmp_path)
+def test_help_lists_every_field_in_its_group(tmp_path):
+    process = run("train_gpt2.py", "--help", cwd=tmp_path, env={"COLUMNS": "400"})
     assert process.returncode == 0
+    *_, groups = re.split(r"override it\.\n\n", process.stdout)
+    printed = {heading.splitlines()[0].rstrip(":"): heading for heading in groups.split("\n\n")}
+    source = (ROOT / "core/config.py").read_text(encoding="utf-8").split("class TrainConfig")[1].split("@property")[0]
+    for title, body in re.findall(r"^    # (.+)\n((?:    [^#].*\n)+)", source, re.MULTILINE):
+        names = re.findall(r"^    (\w+): ", body, re.MULTILINE)
+        assert re.findall(r"^  --(\w+)", printed.pop(title), re.MULTILINE) == names
+    assert list(printed) == ["instead of training"]
     for field in fields(TrainConfig):
-        assert f"--{field.name} " in process.stdout and field.metadata["help"] in process.stdout
+        choices = field.metadata["limits"].get("choices")
+        [line] = re.findall(rf"^  --{field.name} .*$", re.sub(r"\n {9,}", "  ", process.stdout), re.MULTILINE)
+        assert line.endswith(f"  {field.metadata['help']} (default {str(field.default).lower()})")
+        assert not choices or line.startswith(f"  --{field.name} {{{','.join(choices)}}}")

@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+from helpers import files_up_to
 
 from core.corpus import SPLITS, open_corpus, prepare_text, read_corpus, write_corpus
 from core.tokenizer import CharTokenizer
@@ -42,6 +43,7 @@ def damage_meta(change):
     def damage(directory):
         meta = json.loads((directory / "meta.json").read_text())
         change(meta)
+        meta.pop("sha256")  # data sets prepared before it was introduced have none
         (directory / "meta.json").write_text(json.dumps(meta))
     return damage
 
@@ -55,7 +57,7 @@ def flip_byte(directory):
 def write_ids_over_the_vocabulary(directory):
     tokenizer = CharTokenizer.from_text("abcdefgh é")
     tokenizer.token_bytes = np.ones(99, dtype=int)
-    write_corpus(directory, tokenizer, {"train": np.array([1, 98]), "val": np.array([1, 2])})
+    write_corpus(directory, tokenizer, {"train": np.array([1, 98]), "val": np.array([1, 2])}, overwrite=True)
 
 
 @pytest.mark.parametrize("damage, words", [
@@ -71,6 +73,7 @@ def write_ids_over_the_vocabulary(directory):
     (damage_meta(lambda m: m.update(vocab_size=11)), "vocab_size says 11"),
     (damage_meta(lambda m: m["splits"]["val"].update(tokens="5")), "splits.val"),
     (damage_meta(lambda m: m["tokenizer"].update(kind="word")), "word"),
+    (damage_meta(lambda m: m["splits"].pop("val")), "it lacks 'val'"),
     (write_ids_over_the_vocabulary, "id 98"),
 ])
 def test_damaged_data_is_refused(corpus_dir, damage, words):
@@ -93,11 +96,13 @@ def test_a_failed_write_leaves_the_old_data_set(corpus_dir):
     before = {path.name: path.read_bytes() for path in corpus_dir.iterdir()}
     tokenizer = CharTokenizer.from_text("xyz")
     with pytest.raises(KeyError):
-        write_corpus(corpus_dir, tokenizer, {"train": tokenizer.encode("xyz")})  # no val
+        write_corpus(corpus_dir, tokenizer, {"train": tokenizer.encode("xyz")}, overwrite=True)  # no val
     (corpus_dir / "meta.json.tmp").mkdir()
     with pytest.raises(UserError, match=r"cannot write the data set .*c: "):
-        write_corpus(corpus_dir, tokenizer, dict.fromkeys(SPLITS, tokenizer.encode("xyz")))
+        write_corpus(corpus_dir, tokenizer, dict.fromkeys(SPLITS, tokenizer.encode("xyz")), overwrite=True)
     (corpus_dir / "meta.json.tmp").rmdir()
+    with files_up_to(1000), pytest.raises(UserError, match=r"cannot write the data set .*c: File too large"):
+        write_corpus(corpus_dir, tokenizer, dict.fromkeys(SPLITS, tokenizer.encode("xyz" * 999)), overwrite=True)
     assert {path.name: path.read_bytes() for path in corpus_dir.iterdir()} == before
 
 
@@ -105,3 +110,44 @@ def test_a_file_in_the_way_of_a_data_set_is_refused(tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(UserError, match=r"cannot create the directory .*taken"):
         prepare_text("abc" * 20, "taken", "char", str(tmp_path))
+
+
+@pytest.mark.parametrize("change", [
+    lambda meta: meta["tokenizer"]["itos"].reverse() or meta["tokenizer"].pop("stoi"),
+    lambda meta: meta["splits"]["val"].update(bytes=7), lambda meta: meta.update(more=1),
+])
+def test_meta_json_has_not_been_changed(corpus_dir, change):
+    path = corpus_dir / "meta.json"
+    meta = json.loads(path.read_text())
+    change(meta)
+    path.write_text(json.dumps(meta))
+    with pytest.raises(UserError, match=r"meta\.json is damaged: its content does not match its sha256; prepare"):
+        read_corpus(corpus_dir)
+
+
+def test_other_data_are_replaced_only_on_request(tmp_path, capsys):
+    def prepare(text, **options):
+        prepare_text(text, "c", "char", str(tmp_path), **options)
+        return capsys.readouterr().out
+
+    def files():
+        return {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()}
+
+    assert prepare("abc" * 30).endswith("val 9 tokens\n")
+    first = files()
+    assert prepare("abc" * 30).endswith("; the same as before\n") and files() == first
+    for text, fraction in (("abd" * 30, 0.1), ("abc" * 31, 0.1), ("abc" * 30, 0.2)):
+        with pytest.raises(UserError, match=r"c holds other data: choose another name, .* --overwrite \(runs"):
+            prepare(text, val_fraction=fraction)
+    assert files() == first
+    (tmp_path / "c/train.bin").write_bytes(b"of another program")
+    with pytest.raises(UserError, match="holds other data"):
+        prepare("abc" * 30)
+    assert prepare("abc" * 30, overwrite=True).endswith("; replaces other data\n") and files() == first
+    (tmp_path / "c/meta.json").write_text("{")  # what is left says whether it is the same
+    assert prepare("abc" * 30).endswith("; the same as before\n") and files() == first
+    (tmp_path / "c/meta.json").unlink()  # another program's data
+    with pytest.raises(UserError, match="holds other data"):
+        prepare("xxyz" * 30)
+    assert prepare("xxyz" * 30, overwrite=True).endswith("; replaces other data\n")
+    assert read_corpus(tmp_path / "c").tokenizer.itos == list("xyz")

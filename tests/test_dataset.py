@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 import torch
-from helpers import CPU
 
 from core.config import TrainConfig, resolve
 from core.dataset import TokenDataset, batches, window_order
@@ -48,7 +47,7 @@ def test_indexing_follows_sequence_rules():
 
 @pytest.mark.parametrize("n_windows, sequences", [(10, 4), (10, 5), (10, 10), (3, 8), (1, 2)])
 def test_epochs_cover_every_window_once_in_their_own_order(n_windows, sequences):
-    stream = np.concatenate(list(window_order(config(n_windows, sequences, 1, 20), start=0)))
+    stream = np.concatenate([window_order(config(n_windows, sequences, 1, 20), step) for step in range(20)])
     assert len(stream) == 20 * sequences
     epochs = [stream[i : i + n_windows].tolist() for i in range(0, len(stream) - n_windows + 1, n_windows)]
     for epoch in epochs:
@@ -59,19 +58,29 @@ def test_epochs_cover_every_window_once_in_their_own_order(n_windows, sequences)
 
 def test_order_is_a_function_of_seed_and_step():
     cfg = config(10, 4, seed=5, max_iters=30)
-    whole = list(window_order(cfg, start=0))
-    for start in (1, 7, 29):
-        tail = list(window_order(cfg, start))
-        assert np.array_equal(tail, whole[start:])
-    assert not np.array_equal(whole, list(window_order(config(10, 4, 6, 30), start=0)))
+    whole = [window_order(cfg, step) for step in range(30)]
+    for step in (29, 1, 7):
+        assert np.array_equal(window_order(cfg, step), whole[step])
+    assert not np.array_equal(whole[0], window_order(config(10, 4, 6, 30), 0))
 
 
-def test_batches_are_the_windows_of_each_step():
-    dataset = TokenDataset(TOKENS, 8, 4)
-    cfg = config(len(dataset), 5, seed=0, max_iters=9)
-    steps = list(window_order(cfg, start=3))
-    loaded = list(batches(dataset, cfg, 3, CPU))
-    assert len(loaded) == len(steps) == 6
-    for indices, (x, y) in zip(steps, loaded):
-        assert x.shape == y.shape == (5, 8)
-        assert all(torch.equal(x[i], dataset[j][0]) and torch.equal(y[i], dataset[j][1]) for i, j in enumerate(indices))
+@pytest.mark.parametrize("n_tokens, stride", [(100, 4), (97, 8), (98, 3)])
+def test_batches_are_the_windows_of_each_step_in_micro_batches(n_tokens, stride):
+    dataset = TokenDataset(TOKENS[:n_tokens], 8, stride)
+    cfg = resolve(TrainConfig(batch_size=5, gradient_accumulation_steps=7, max_iters=9), len(dataset))
+    found = list(batches(dataset, cfg, 3))
+    assert [batch.step for batch in found] == [3, 4, 5, 6, 7, 8]
+    partial = 0
+    for batch in found:
+        numbers, windows = zip(*batch.part())
+        assert numbers == (0, 1, 2, 3, 4, 5, 6) and [len(x) for x, _ in windows] == [5] * 7
+        x, y = (torch.cat(parts) for parts in zip(*windows))
+        for n, (number, (x_part, y_part)) in enumerate(batch.part(2, 3)):
+            assert number == 2 + 3 * n and torch.equal(x_part, windows[number][0])
+            assert torch.equal(y_part, windows[number][1])
+        expected = [dataset[i] for i in window_order(cfg, batch.step)]
+        assert torch.equal(x, torch.stack([x for x, _ in expected]))
+        assert torch.equal(y, torch.stack([y for _, y in expected]))
+        assert batch.n_targets == (y != -1).sum()
+        partial += (y == -1).any().item()
+    assert partial or dataset[-1][1].min() >= 0

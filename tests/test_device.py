@@ -5,7 +5,7 @@ import torch
 from helpers import CPU
 
 from lib import device
-from lib.cli import UserError
+from lib.cli import UserError, plural
 from lib.device import (
     DTYPES,
     PEAK_FLOPS,
@@ -20,8 +20,10 @@ from lib.device import (
     mark,
     out_of_memory_as,
     peak_flops,
+    reproducible,
     runs_on,
     seconds_between,
+    use_tf32,
     warn_of_unused_cuda,
 )
 
@@ -192,8 +194,31 @@ def test_peaks_match_whole_names_of_full_cards(monkeypatch, name, expected):
 
 
 def test_the_cpu():
-    assert device_name(CPU) == f"CPU, {torch.get_num_threads()} threads" and peak_flops(CPU) is None
+    assert device_name(CPU) == f"CPU, {plural(torch.get_num_threads(), 'thread')}" and peak_flops(CPU) is None
     start = mark(CPU)
     time.sleep(0.02)
     assert 0.02 <= seconds_between(start, mark(CPU)) < 5
     assert seconds_between(start, start) == 0
+
+
+def test_only_cuda_is_asked_for_the_same_bits_each_time():
+    def asked():
+        return torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+
+    with reproducible(CPU):
+        assert asked() == (False, True)
+    with pytest.raises(KeyError), reproducible(torch.device("cuda")):
+        assert asked() == (True, False) and not torch.is_deterministic_algorithms_warn_only_enabled()
+        raise KeyError
+    assert asked() == (False, True)
+
+
+@pytest.mark.parametrize("name, dtype, capability, expected", [
+    ("cuda", torch.float32, (9, 0), True), ("cuda", torch.float32, (7, 5), False),
+    ("cuda", torch.bfloat16, (9, 0), False), ("cpu", torch.float32, (9, 0), False),
+])
+def test_tf32_is_for_float32_on_newer_cards(monkeypatch, name, dtype, capability, expected):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    assert use_tf32(torch.device(name), dtype) == expected and asked == ["high"] * expected

@@ -1,19 +1,22 @@
 """What is exported is opened by transformers: the same logits, the same ids, the same bits back."""
 
+import json
 import os
+import re
 import resource
 
 import pytest
 import torch
 from helpers import assert_refused, run
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import export_hf
 import sample
-from core import huggingface
+from core import pretrained
 from core.checkpoint import save_checkpoint
 from core.corpus import pydoc_text
+from core.huggingface import VOCABULARY_ROWS
 from core.tokenizer import CharTokenizer, GPT2Tokenizer
 from lib.cli import UserError
 from model import GPT, GPTConfig
@@ -26,13 +29,16 @@ def text():
     return pydoc_text(None)[:20_000] + ODD
 
 
-def write_checkpoint(path, tokenizer, **shape):
-    """A checkpoint of a small random model, whose gains and biases are random too; the model."""
+LLAMA = dict(norm="rmsnorm", mlp="swiglu", pos="rope", bias=False)
+
+
+def write_checkpoint(path, tokenizer, gain=0.0, **shape):
+    """A checkpoint of a small random model, whose gains (about `gain`) and biases are random too; the model."""
     torch.manual_seed(0)
     shape = dict(block_size=24, n_layer=2, n_head=2, n_embd=16) | shape
     model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **shape)).eval()
     for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.1)
+        torch.nn.init.normal_(p, gain if p.dim() == 1 else 0.0, 0.1)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(path, {
         "model_state_dict": model.state_dict(), "optimizer_state_dict": {}, "scaler_state_dict": {},
@@ -47,19 +53,21 @@ def assert_opened_by_transformers(out, model, tokenizer, text):
     theirs, their_tokenizer = AutoModelForCausalLM.from_pretrained(out).eval(), AutoTokenizer.from_pretrained(out)
     ids = tokenizer.encode(text).tolist()
     assert their_tokenizer(text)["input_ids"] == ids and their_tokenizer.decode(ids) == text
-    x = torch.tensor(ids[:72]).view(3, 24)
+    n = model.config.block_size
+    x = torch.tensor(ids[: 3 * n]).view(3, n)
     with torch.no_grad():
         assert (theirs(x).logits - model(x)[0]).abs().max() < 1e-5
+    assert set(their_tokenizer(text[:9])) == {"input_ids", "attention_mask"}  # what generate() takes
     return theirs
 
 
 def assert_loads_back(directory, model, tokenizer):
     """All bits but the rows that pad the vocabulary; biases that the model does not have are zeros."""
-    ours, our_tokenizer = huggingface.load(directory, "no data")
+    ours, our_tokenizer = pretrained.load(pretrained.find(directory, "no data"))
     assert our_tokenizer.state() == tokenizer.state()
     there = dict(model.named_parameters())
     for name, value in ours.named_parameters():
-        value = value[: model.config.vocab_size] if name in huggingface.VOCABULARY_ROWS else value
+        value = value[: model.config.vocab_size] if name in VOCABULARY_ROWS else value
         assert torch.equal(value, there[name][: len(value)] if name in there else torch.zeros_like(value)), name
 
 
@@ -88,8 +96,40 @@ def test_gpt2_bpe_as_a_process(tmp_path, text, downloads):
     assert theirs.transformer.wte.weight.shape == (50257, 16) and theirs.config.eos_token_id == 50256
     assert_loads_back(tmp_path / "out", model, tokenizer)
     assert sorted(os.listdir(tmp_path)) == ["checkpoints", "out"]
-    assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "merges.txt", "model.safetensors",
-                                                    "tokenizer_config.json", "vocab.json"]
+    assert sorted(os.listdir(tmp_path / "out")) == [
+        "config.json", "generation_config.json", "merges.txt", "model.safetensors", "tokenizer_config.json",
+        "vocab.json"]
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_the_modern_family_is_a_llama(tmp_path, text, tie, capsys):
+    tokenizer = CharTokenizer.from_text(text)
+    shape = LLAMA | dict(tie_weights=tie, block_size=256, n_embd=48, n_head=4)
+    model = write_checkpoint(tmp_path / "m.pt", tokenizer, gain=2.0, **shape)
+    export_hf.main(["--ckpt", str(tmp_path / "m.pt"), "--out", str(tmp_path / "out")])
+    assert "Llama's layout" in (out := capsys.readouterr().out) and "--init_from" not in out
+    theirs = assert_opened_by_transformers(tmp_path / "out", model, tokenizer, text)
+    assert type(theirs).__name__ == "LlamaForCausalLM" and theirs.config.tie_word_embeddings == tie
+    fast = PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
+    prompt = "é☃\n a"
+    ids = fast(prompt, return_tensors="pt")["input_ids"]
+    sample.main(["--ckpt", str(tmp_path / "m.pt"), "--prompt", prompt, "--temperature", "0", "--max_new_tokens", "200",
+                 "--device", "cpu", "--dtype", "float32", "--json"])
+    ours = json.loads(capsys.readouterr().out)
+    generated = theirs.generate(ids, do_sample=False, max_new_tokens=200)[0, ids.size(1) :]
+    assert generated.tolist() == ours["tokens"] and fast.decode(generated) == ours["text"]
+    assert len(set(ours["tokens"])) > 3  # not one token over and over
+    with pytest.raises(UserError, match="model_type=llama is not supported"):
+        pretrained.find(tmp_path / "out", "no data")
+
+
+def test_a_llama_with_gpt2_tokens(tmp_path, text, downloads):
+    tokenizer = GPT2Tokenizer((downloads / "gpt2/vocab.bpe").read_text(encoding="utf-8"))
+    model = write_checkpoint(tmp_path / "m.pt", tokenizer, gain=1.0, n_layer=1, **LLAMA)
+    export_hf.main(["--ckpt", str(tmp_path / "m.pt"), "--out", str(tmp_path / "out")])
+    theirs = assert_opened_by_transformers(tmp_path / "out", model, tokenizer, text)
+    assert theirs.model.embed_tokens.weight.shape == (50257, 16)  # without padding
+    assert theirs.generation_config.eos_token_id == theirs.config.eos_token_id == 50256
 
 
 def test_sampling_from_an_exported_directory_is_sampling_from_the_checkpoint(tmp_path, capsys):
@@ -107,12 +147,16 @@ def test_what_cannot_be_exported_is_named(tmp_path):
     tokenizer = CharTokenizer("abc")
     write_checkpoint(tmp_path / "m.pt", tokenizer, norm="rmsnorm", mlp="swiglu", pos="sinusoidal")
     args = ["--ckpt", str(tmp_path / "m.pt"), "--out", str(tmp_path / "out")]
-    with pytest.raises(UserError, match="norm=rmsnorm, mlp=swiglu, pos=sinusoidal have no counterpart") as error:
+    with pytest.raises(UserError, match="fits none of Hugging Face's layouts") as error:
         export_hf.main(args)
-    assert "only norm=layernorm, mlp=gelu, pos=learned can be exported" in str(error.value)
-    write_checkpoint(tmp_path / "m.pt", tokenizer, pos="rope")
-    with pytest.raises(UserError, match="pos=rope has no counterpart"):
-        export_hf.main(args)
+    assert str(error.value).endswith(
+        "GPT-2's lacks norm=rmsnorm, mlp=swiglu, pos=sinusoidal (it has norm=layernorm, mlp=gelu or gelu_erf, "
+        "pos=learned); Llama's lacks pos=sinusoidal, bias=True (it has norm=rmsnorm, mlp=swiglu, pos=rope, bias=False)")
+    for changes, words in ((dict(norm="layernorm"), "norm=layernorm"), (dict(bias=True), "bias=True"),
+                           (dict(mlp="relu2"), "mlp=relu2"), (dict(mlp="gelu"), "mlp=gelu")):
+        write_checkpoint(tmp_path / "m.pt", tokenizer, **LLAMA | changes)
+        with pytest.raises(UserError, match=re.escape(f"Llama's lacks {words} (it has")):
+            export_hf.main(args)
     assert os.listdir(tmp_path) == ["m.pt"]
 
 

@@ -1,3 +1,4 @@
+import codecs
 import errno
 import hashlib
 import os
@@ -5,12 +6,21 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from helpers import ROOT, files_up_to
 
 from lib.cli import UserError
-from lib.files import atomic_write, lock_directory, make_directory, read_text, remove_temporaries, sha256_of
+from lib.files import (
+    atomic_write,
+    check_writable,
+    lock_directory,
+    make_directory,
+    read_text,
+    remove_temporaries,
+    sha256_of,
+)
 
 
 def contents(directory):
@@ -95,8 +105,23 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     (tmp_path / "a").write_bytes(b"old")
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert contents(tmp_path) == {"a": b"old", "a.tmp": b"half"}
+    (tmp_path / "d.tmp").mkdir()  # not ours
     remove_temporaries(tmp_path)
+    (tmp_path / "d.tmp").rmdir()
     assert contents(tmp_path) == {"a": b"old"}
+
+
+def test_whether_a_file_can_be_written_is_known_before(tmp_path):
+    (tmp_path / "old").write_text("old")
+    for name in ("new", "old", "a/b/new"):
+        check_writable(tmp_path / name)
+    assert contents(tmp_path / "a/b") == {} and (tmp_path / "old").read_text() == "old"
+    (tmp_path / "link").symlink_to("old")
+    for path, words in ((tmp_path, "exists and is not a file: give another name"), (tmp_path / "link", "not a file"),
+                        (Path("/dev/null"), "not a file"), (tmp_path / "old/x", "cannot create"),
+                        (Path("/proc/x"), "cannot write /proc/x: "), (tmp_path / ("x" * 300), "too long")):
+        with pytest.raises(UserError, match=words):
+            check_writable(path)
 
 
 # Locks
@@ -151,7 +176,9 @@ def test_without_a_message_a_lock_is_waited_for(tmp_path, holder):
 def test_directories_that_cannot_be_created(tmp_path):
     assert make_directory(tmp_path / "a/b") == make_directory(tmp_path / "a/b") == tmp_path / "a/b"
     (tmp_path / "file").write_text("")
-    for path, words in ((tmp_path / "file/d", "Not a directory"), (tmp_path / "file", "File exists"),
+    (tmp_path / "link").symlink_to("nosuch")
+    for path, words in ((tmp_path / "file/d", "Not a directory"), (tmp_path / "file", "it is a file"),
+                        (tmp_path / "link", "it is a link to nothing"),
                         (tmp_path / ("x" * 300), "File name too long"), (tmp_path / "a\0b", "null")):
         for make in (make_directory, take_lock):
             with pytest.raises(UserError) as refused:
@@ -169,13 +196,16 @@ def test_a_directory_that_cannot_be_written(tmp_path):
 # Reading
 
 def test_text_is_read_unchanged(tmp_path):
-    text = "\ufeffa\r\nb\rc\né☃😀\0"
-    (tmp_path / "t").write_bytes(text.encode())
-    assert read_text(tmp_path / "t") == text == read_text(str(tmp_path / "t"))
+    text = "a\r\nb\rc\n\ufeffé☃😀\0"
+    for mark in (b"", codecs.BOM_UTF8):  # the byte order mark of some editors is no text
+        (tmp_path / "t").write_bytes(mark + text.encode())
+        assert read_text(tmp_path / "t") == text == read_text(str(tmp_path / "t"))
 
 
 def test_non_text_is_refused(tmp_path):
     (tmp_path / "latin").write_bytes(b"abc\n caf\xe9 ole")
+    with pytest.raises(UserError, match="the path of a text is empty"):
+        read_text("")
     for path, words in ((tmp_path, "is a directory, not a text file"), (tmp_path / "nosuch", "No such file"),
                         (str(tmp_path) + "\0", "null"),
                         (tmp_path / "latin", "is not UTF-8 text: byte 0xe9 at offset 8; convert it first")):
@@ -188,3 +218,22 @@ def test_sha256(tmp_path):
     for data in (b"", b"x" * 3_000_000):
         (tmp_path / "f").write_bytes(data)
         assert sha256_of(tmp_path / "f") == hashlib.sha256(data).hexdigest()
+
+
+def test_a_mapped_file_with_the_same_bytes_stays(tmp_path, monkeypatch):
+    """Windows refuses to replace a file that a process has mapped."""
+    path = tmp_path / "train.bin"
+    path.write_bytes(b"same")
+    before = path.stat().st_ino
+    monkeypatch.setattr("lib.files.os.replace", refused)
+    with atomic_write(path) as [temporary]:
+        temporary.write_bytes(b"same")
+    assert (path.read_bytes(), path.stat().st_ino) == (b"same", before)
+    for other in (path, tmp_path / "new.bin"):
+        with pytest.raises(PermissionError), atomic_write(other) as [temporary]:
+            temporary.write_bytes(b"other")
+    assert path.read_bytes() == b"same" and list(tmp_path.iterdir()) == [path]
+
+
+def refused(source, target):
+    raise PermissionError(13, "Access is denied")

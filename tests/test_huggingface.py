@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import train_gpt2
-from core import huggingface
+from core import huggingface, pretrained
 from core.checkpoint import load_checkpoint, step_checkpoints
 from core.corpus import prepare_text, pydoc_text, read_corpus
+from core.export import write_pretrained
 from core.preflight import check_run
 from lib.cli import UserError
 from model import GPT2_SIZES, GPTConfig
@@ -57,16 +58,16 @@ def edit(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def load(name):
-    """The model and tokenizer of a directory that has all its files."""
-    return huggingface.load(name, "no data")
+def load(name, data_dir="no data"):
+    """The model and tokenizer that `name` means; of a directory that has all its files, without a data_dir."""
+    return pretrained.load(pretrained.find(name, data_dir))
 
 
 def load_tokenizer(name, data_dir="no data"):
     """The tokenizer of a directory, whose kind is known before it is loaded."""
-    pretrained = huggingface.find(name, data_dir)
-    tokenizer = huggingface.load_tokenizer(pretrained, data_dir)
-    assert tokenizer.kind == pretrained.tokenizer_kind
+    weights = pretrained.find(name, data_dir)
+    tokenizer = weights.load_tokenizer()
+    assert tokenizer.kind == weights.tokenizer_kind
     return tokenizer
 
 
@@ -83,6 +84,7 @@ def assert_same_logits(ours, theirs):
 
 @pytest.mark.parametrize("changes", [
     dict(), dict(tie_word_embeddings=False), dict(activation_function="gelu_fast", n_inner=64),
+    dict(activation_function="gelu"),
     dict(activation_function="gelu_pytorch_tanh", vocab_size=1500, n_head=4),
 ], ids=lambda changes: "-".join(changes) or "plain")
 def test_a_directory_written_by_transformers_has_the_same_logits(tmp_path, changes):
@@ -150,7 +152,7 @@ def test_published_files_load(directory, theirs):
 
 def test_export_and_import_round_trip(tmp_path, directory, theirs):
     """theirs -> ours -> theirs: the same bits."""
-    huggingface.write_pretrained(tmp_path / "back", *load(directory))
+    write_pretrained(tmp_path / "back", *load(directory), "GPT-2")
     back = GPT2LMHeadModel.from_pretrained(tmp_path / "back").state_dict()
     assert back.keys() == theirs.state_dict().keys()
     assert all(torch.equal(value, back[name]) for name, value in theirs.state_dict().items())
@@ -333,19 +335,19 @@ def names_in(directory):
 
 def test_a_published_model_is_downloaded_once(hub, tmp_path, theirs, monkeypatch):
     for _ in range(2):
-        assert_same_logits(huggingface.load("gpt2", tmp_path / "data")[0], theirs)
+        assert_same_logits(load("gpt2", tmp_path / "data")[0], theirs)
     weights = "/openai-community/gpt2/resolve/abc123/model.safetensors"
     assert hub.requests == [("HEAD", weights), ("GET", weights), ("GET", "/cdn/model.safetensors")]
     assert names_in(hub.store) == {"model.safetensors"}
     sha256 = hashlib.sha256(hub.files["model.safetensors"]).hexdigest()
     monkeypatch.setitem(huggingface.PUBLISHED, "gpt2", ("abc123", sha256))
-    huggingface.load("gpt2", tmp_path / "data")
+    load("gpt2", tmp_path / "data")
     (hub.store / "model.safetensors").write_bytes(hub.files["model.safetensors"][:-1])  # cut short
     with pytest.raises(UserError, match=r"model.safetensors is not the expected file"):
-        huggingface.load("gpt2", tmp_path / "data")
+        load("gpt2", tmp_path / "data")
     monkeypatch.setitem(huggingface.PUBLISHED, "gpt2", ("abc123", None))
     with pytest.raises(UserError, match=r"model.safetensors is truncated, damaged or .*remove it and fetch it again"):
-        huggingface.load("gpt2", tmp_path / "data")
+        load("gpt2", tmp_path / "data")
     assert len(hub.requests) == 3
 
 
@@ -367,7 +369,7 @@ def test_wrong_downloads_are_not_kept(hub, tmp_path, monkeypatch, harm, words):
         hub.sha256 = hashlib.sha256(whole).hexdigest()
         hub.files["model.safetensors"] = whole + b"x" if harm == "longer" else whole[:-1] + bytes([whole[-1] ^ 1])
     with pytest.raises(UserError) as error:
-        huggingface.load("gpt2", tmp_path / "data")
+        load("gpt2", tmp_path / "data")
     assert words in str(error.value) and "by hand" in str(error.value) and "\n" not in str(error.value)
     assert names_in(hub.store) == set()
 
@@ -376,11 +378,11 @@ def test_without_a_network(tmp_path, monkeypatch):
     """A published model is found, but its weights are not fetched."""
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    pretrained = huggingface.find("gpt2-large", tmp_path)
-    assert pretrained.config == GPTConfig(n_layer=36, n_head=20, n_embd=1280, vocab_size=50257, block_size=1024)
-    assert pretrained.tokenizer_kind == "gpt2" and list(tmp_path.iterdir()) == []
+    weights = pretrained.find("gpt2-large", tmp_path)
+    assert weights.config == GPTConfig(n_layer=36, n_head=20, n_embd=1280, vocab_size=50257, block_size=1024)
+    assert weights.tokenizer_kind == "gpt2" and list(tmp_path.iterdir()) == []
     with pytest.raises(UserError, match=r"by hand and put it at .*downloads/huggingface/gpt2-large/model.safetensors"):
-        huggingface.fetch_state(pretrained)
+        weights.load_state()
 
 
 # Fine-tuning
@@ -408,7 +410,7 @@ def test_fine_tuning_continues_without_the_weights_it_started_from(bpe_data, tmp
     monkeypatch.chdir(tmp_path)
     assert train_gpt2.main(flags(bpe_data, lr_decay_iters=6, max_iters=3)) == 0
     out = capsys.readouterr().out
-    assert "weights from pretrained" in out and "1 layers, 2 heads, 8 wide, context 24" in out
+    assert "weights from pretrained" in out and "1 layer, 2 heads, 8 wide, context 24" in out
     assert train_gpt2.main(flags(bpe_data, run_name="straight", lr_decay_iters=6)) == 0
     shutil.rmtree(tmp_path / "pretrained")
     resumed = run("train_gpt2.py", *flags(bpe_data, lr_decay_iters=6), "--resume", cwd=tmp_path)
@@ -429,7 +431,7 @@ def test_training_starts_from_the_weights(bpe_data, tmp_path, monkeypatch, capsy
     model, _ = train_gpt2.train_model(init_from="pretrained", data_dir=str(bpe_data), dataset="bpe", block_size=16,
                                       learning_rate=0, max_iters=1, sample_tokens=0, out_dir=str(tmp_path / "c"),
                                       log_dir=str(tmp_path / "l"), dropout=0.0, device="cpu", dtype="float32")
-    expected = huggingface.load("pretrained", bpe_data)[0].state_dict()
+    expected = load("pretrained", bpe_data)[0].state_dict()
     expected["transformer.wpe.weight"] = expected["transformer.wpe.weight"][:16]
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
 

@@ -17,6 +17,7 @@ from core.inference import (
     make_cache,
     next_logits,
     prepare_for_inference,
+    stream,
     window_start,
 )
 
@@ -41,6 +42,17 @@ def test_greedy_text_with_cache_equals_without(family, pos):
     expected = without_cache(model, idx, 600)
     assert len(expected[0].unique()) > 5
     assert torch.equal(generate(model, idx, 600, temperature=0), expected)
+
+
+def test_every_token_is_drawn_with_the_next_random_number():
+    """Past the numbers that are drawn at once."""
+    model, generator = make_model(block_size=256), np.random.default_rng(5)
+    expected = idx = torch.randint(50, (1, 3))
+    for _ in range(150):
+        logits = model(expected)[0][:, -1].detach()
+        new = choose_tokens(logits, torch.tensor([generator.random()], dtype=torch.float64), temperature=1.5)
+        expected = torch.cat((expected, new[:, None]), dim=1)
+    assert torch.equal(generate(model, idx, 150, seed=5, temperature=1.5), expected)
 
 
 def test_window_is_the_whole_text_and_then_at_least_half_a_context():
@@ -75,8 +87,14 @@ def test_a_static_cache_gives_the_same_text(family):
     """The graph itself needs CUDA; its cache, whose shapes never change, does not."""
     model = make_model(family)
     idx = torch.randint(50, (2, 5))
-    options = dict(max_new_tokens=40, num_samples=2, temperature=0.8)
-    assert torch.equal(generate(model, idx, static_cache=True, **options), generate(model, idx, **options))
+    options = dict(max_new_tokens=40, num_samples=2, temperature=0.8, repetition_penalty=1.3)
+    expected = [generate(model, idx, seed=seed, **options) for seed in range(3)]
+    model.decoders = {}
+    for seed in range(3):  # the second text is decoded in the first one's buffers
+        assert torch.equal(generate(model, idx, seed=seed, **options), expected[seed])
+    assert len(model.decoders) == 1
+    at_once = zip(*(stream(model, idx, seed=seed, **options) for seed in (0, 1)))  # not in the same buffers
+    assert torch.equal(torch.stack([second for _, second in at_once], dim=1), expected[1][:, 5:])
 
 
 FILTERS = {

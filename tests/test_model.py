@@ -48,7 +48,7 @@ def test_gpt2_sizes(name, n_params):
 
 
 @pytest.mark.parametrize("norm, mlp, pos, bias, tie", list(product(
-    ("layernorm", "rmsnorm"), ("gelu", "swiglu", "relu2"), ("learned", "sinusoidal", "rope"), (True, False),
+    ("layernorm", "rmsnorm"), ("gelu", "gelu_erf", "swiglu", "relu2"), ("learned", "sinusoidal", "rope"), (True, False),
     (True, False))))
 def test_every_combination_starts_near_uniform_and_sees_only_the_past(norm, mlp, pos, bias, tie):
     model = make_model(norm=norm, mlp=mlp, pos=pos, bias=bias, tie_weights=tie, vocab_size=65, n_embd=64)
@@ -79,7 +79,7 @@ def test_order_matters(family):
 
 def test_rotary_positions_are_complex_rotations():
     x = torch.randn(1, 1, 5, 8)
-    angles = rotation_angles(5, 8)
+    angles = rotation_angles(5, 8, torch.float64)
     turned = rotate(x, angles.cos().float(), angles.sin().float())
     for t, i in product(range(5), range(4)):
         expected = complex(x[0, 0, t, i], x[0, 0, t, i + 4]) * np.exp(1j * t / 10000 ** (2 * i / 8))
@@ -130,6 +130,9 @@ def test_a_batch_of_8_is_overfitted(family):
 def test_impossible_shapes():
     with pytest.raises(ValueError, match="n_head"):
         make_model(n_embd=30, n_head=4)
+    for changes in (dict(norm="RMSNorm"), dict(mlp="silu"), dict(pos="alibi"), dict(pos=None)):
+        with pytest.raises(ValueError, match=r"(norm|mlp|pos) ('RMSNorm'|'silu'|'alibi'|None) is none of "):
+            make_model(**changes)
     with pytest.raises(ValueError, match="block_size"):
         make_model()(torch.zeros(1, 17, dtype=torch.int64))
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, make_model
+from helpers import CPU, make_model, newton_schulz
 
 from core.config import TrainConfig, resolve
 from core.optim import MuonAndAdamW, learning_rate_at, make_optimizer
@@ -44,16 +44,6 @@ def small_gpt(**fields):
     return make_model(vocab_size=31, block_size=8, n_embd=16, **fields).train()
 
 
-def newton_schulz(matrix):
-    """Five quintic steps towards the nearest orthogonal matrix, float64; wide matrices, as the shorter side decides."""
-    x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = x / np.linalg.norm(x)
-    for _ in range(5):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x if matrix.shape[0] <= matrix.shape[1] else x.T
-
-
 def test_muon_moves_the_matrices_of_the_blocks_and_adamw_the_rest():
     model, plain = small_gpt(), small_gpt()
     cfg = config(optimizer="muon", learning_rate=0.01, weight_decay=0.1, beta1=0.8)
@@ -82,8 +72,8 @@ def test_muon_moves_the_matrices_of_the_blocks_and_adamw_the_rest():
             direction = newton_schulz(0.2 * g + 0.8 * momentum[name])
             expected = before[name] * (1 - 0.01 * 0.1) - 0.01 * 0.2 * max(g.shape) ** 0.5 * direction
             error = np.linalg.norm(p.detach().numpy() - expected)
-            # Muon iterates in bfloat16.
-            assert error < 0.15 * np.linalg.norm(expected - before[name]), (name, error)
+            tolerance = 0.15 if optimizer.muon.dtype == torch.bfloat16 else 1e-4
+            assert error < tolerance * np.linalg.norm(expected - before[name]), (name, error)
 
 
 def test_weight_decay_is_for_matrices_only():

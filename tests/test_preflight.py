@@ -119,7 +119,7 @@ def test_a_damaged_data_set(prepared, damage, words):
 def test_data_too_short_for_a_window(prepared):
     n_tokens = len(read_corpus(prepared / "data/fox").train)
     assert_problems(refused("--dataset=fox", f"--block_size={n_tokens}", "--n_head=3"), "not divisible",
-                    f"block_size={n_tokens} is too long for the data: fox has {n_tokens} training tokens")
+                    f"block_size={n_tokens} is too long for the data: fox has {n_tokens:,} training tokens")
     assert check_run(*read_values(["--dataset=fox", f"--block_size={n_tokens - 1}", "--device=cpu"]))
 
 
@@ -140,6 +140,18 @@ def test_device_and_number_format_are_chosen_once(here):
     assert check_run(dataclasses.asdict(cfg), []) == cfg
 
 
+@pytest.mark.parametrize("argv, words", [
+    (["--batch_size=1000000"], "activations and logits of 1000000 x 128 tokens take more than "),
+    (["--n_layer=9999", "--n_embd=65536", "--n_head=64"], "weights, gradients and moments take more than "),
+    (["--gradient_accumulation_steps=1000000", "--batch_size=100000", "--block_size=1", "--n_embd=4", "--n_layer=1"],
+     "indices of 100,000,000,000 sequences a step take more than "),
+])
+def test_what_cannot_fit_in_memory(here, argv, words):
+    (problem,) = refused(*argv, "--device=cpu")
+    assert words in problem and "of memory: lower " in problem
+    assert check_run(*read_values(["--gradient_accumulation_steps=1000000", "--device=cpu"]))
+
+
 # The run directory
 
 def test_a_run_with_checkpoints_is_refused_before_its_data_are_prepared(with_run):
@@ -156,8 +168,9 @@ def test_a_run_directory_that_cannot_be_looked_at(here):
 
 def test_directories_that_are_files(here):
     (here / "file").write_text("")
-    assert_problems(refused("--out_dir=file", "--log_dir=file/runs", "--data_dir=file/a/b", "--device=cpu"),
-                    "out_dir=file: file is not a directory", "log_dir=file/runs: ", "data_dir=file/a/b: ")
+    (here / "link").symlink_to("nosuch")
+    assert_problems(refused("--out_dir=file", "--log_dir=file/runs", "--data_dir=link/a/b", "--device=cpu"),
+                    "out_dir=file: file is not a directory", "log_dir=file/runs: ", "data_dir=link/a/b: ")
 
 
 def test_resuming_with_a_built_in_data_set_that_is_not_prepared(with_run):
@@ -193,13 +206,15 @@ def test_resuming_without_a_checkpoint_starts_from_the_defaults(prepared):
     assert check_run(*read_values(["--dataset=fox", "--resume", "--device=cpu"])).n_layer == 4
 
 
-def test_a_checkpoint_with_an_impossible_shape_gives_none(with_run):
+def test_a_checkpoint_with_an_impossible_shape_is_refused(with_run):
     path = with_run / "checkpoints/first/step_00000002.pt"
     content = torch.load(path, weights_only=True)
     content["config"] |= {"n_layer": "two", "n_embd": 4.5, "optimizer": "sgd"}
+    path.with_name("best.pt").unlink()
     torch.save(content, path)
     problems = refused("--dataset=fox", "--run_name=first", "--resume", "--device=cpu")
-    assert_problems(problems, "n_layer is 'two' in", "n_embd is 4.5 in", "optimizer is 'sgd' in")
+    assert_problems(problems, "config: n_layer must be an int >= 1 and < 10000, not 'two'; config: n_embd must be",
+                    "no checkpoint in checkpoints/first is intact")
 
 
 # Weights to start from
@@ -252,7 +267,8 @@ def test_weights_that_are_not_supported(prepared):
 def test_ids_that_do_not_fit_are_refused_by_the_run(prepared):
     tokenizer = CharTokenizer.from_text(TEXT)
     tokenizer.token_bytes = np.ones(99, dtype=int)
-    write_corpus(prepared / "data/fox", tokenizer, {split: np.array([1, 98] * 400) for split in ("train", "val")})
+    ids = {split: np.array([1, 98] * 400) for split in ("train", "val")}
+    write_corpus(prepared / "data/fox", tokenizer, ids, overwrite=True)
     with pytest.raises(UserError, match="holds id 98, outside the vocabulary of 28"):
         train_gpt2.main(["--dataset=fox", "--device=cpu"])
     assert not (prepared / "checkpoints").exists() and not (prepared / "runs").exists()

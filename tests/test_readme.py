@@ -1,5 +1,6 @@
 """The README describes what exists."""
 
+import ast
 import re
 
 import pytest
@@ -28,3 +29,23 @@ def test_the_story_path_is_named_in_order():
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"(?:configs|notes|core|lib)/\w+\.(?:py|md)", README))))
 def test_named_files_exist(path):
     assert (ROOT / path).is_file()
+
+
+def printed_by(tree):
+    """The texts in a module's code, with … for what is inserted into them."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_messages_in_the_troubleshooting_note_exist():
+    code = "\n".join(text for path in (*ROOT.glob("*.py"), *ROOT.glob("core/*.py"), *ROOT.glob("lib/*.py"))
+                     for text in printed_by(ast.parse(path.read_text(encoding="utf-8"))))
+    note = (ROOT / "notes/10_troubleshooting.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^\| `(.+?)` \|", note, re.MULTILINE)
+    assert len(messages) > 25
+    for message in messages:
+        pieces = [re.escape(piece) for piece in message.split("…")]
+        assert max(map(len, pieces)) > 5 and re.search(".*?".join(pieces), code), message

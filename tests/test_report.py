@@ -13,6 +13,7 @@ from core.checkpoint import Progress, Run, step_checkpoints
 from core.config import TrainConfig, resolve
 from core.corpus import read_corpus
 from core.evaluation import Evaluation
+from core.metrics import read_history
 from core.report import Report, StepTimer, duration, position
 from core.trainer import Trainer
 
@@ -39,6 +40,21 @@ def test_a_pause_is_not_measured(monkeypatch):
     assert timer.mean() == 0.5
 
 
+def test_training_time_adds_up_over_restarts_pauses_and_resumes(monkeypatch):
+    clock = [10.0]
+    monkeypatch.setattr(core.report.time, "perf_counter", lambda: clock[0])
+    timer = StepTimer(100.0)
+    clock[0] = 12.0
+    with timer.paused():
+        clock[0] = 50.0
+        assert timer.seconds() == 2.0 and timer.total() == 102.0
+        timer.restart()
+        assert timer.seconds() == 0.0 and timer.total() == 102.0
+        clock[0] = 60.0
+    clock[0] = 63.0
+    assert timer.seconds() == 3.0 and timer.total() == 105.0
+
+
 # The lines
 
 class Steps:
@@ -49,7 +65,7 @@ class Steps:
                     device="cpu", dtype="float32", compile="false", n_layer=1, n_head=2, n_embd=8, block_size=16,
                     batch_size=4, max_iters=30, sample_tokens=5, learning_rate=1e-3, warmup_iters=0)
         self.cfg = resolve(TrainConfig(**base | fields), n_windows=50)
-        self.run, self.progress = Run(self.cfg, corpus), progress or Progress()
+        self.run, self.progress, self.log = Run(self.cfg, corpus), progress or Progress(), tmp_path / "log/r"
         self.trainer = Trainer(self.cfg, corpus.tokenizer.vocab_size)
         self.report = Report(self.run, self.trainer, self.progress)
 
@@ -60,7 +76,7 @@ class Steps:
 
     def events(self):
         self.report.__exit__(None, None, None)
-        return scalars(self.cfg.log_dir + "/r")
+        return scalars(self.log)
 
 
 @pytest.fixture
@@ -77,16 +93,16 @@ def test_the_table_at_the_start(steps, capsys):
     assert capsys.readouterr().out == (
         f"run      r: checkpoints in {s.cfg.out_dir}/r, events in {s.cfg.log_dir}/r\n"
         "data     tiny: 10,800 training and 1,200 validation tokens, 76 symbols\n"
-        "model    layernorm, gelu, learned positions; 1 layers, 2 heads, 8 wide, context 16; "
+        "model    layernorm, gelu, learned positions; 1 layer, 2 heads, 8 wide, context 16; "
         f"{n_params:,} parameters\n"
         "step     3 x 4 sequences = 192 tokens\n"
         "length   30 steps; 4.2 steps an epoch of 50 windows\n"
-        f"device   CPU, {torch.get_num_threads()} threads; float32; not compiled\n")
+        "device   CPU, 1 thread; float32; not compiled\n")
 
 
 def test_the_start_line_says_where_a_run_starts(steps, capsys):
     s = steps(Progress(step=30), resume=True)
-    s.run.restored_from, s.run.changes = s.cfg.run_dir / "step_00000030.pt", [("seed", 1, 2), ("epochs", None, 3.0)]
+    s.run.newest, s.run.changes = s.cfg.run_dir / "step_00000030.pt", [("seed", 1, 2), ("epochs", None, 3.0)]
     s.trainer.compile_error, s.trainer.forward = "no compiler", object()
     s.report.start()
     out, err = capsys.readouterr()
@@ -148,11 +164,13 @@ def test_evaluations_name_the_best(steps, capsys):
         s.progress.step = step
         s.progress.evaluated(loss)
         s.report.evaluation(Evaluation(loss, math.exp(loss), loss / 2))
+        s.report.log_evaluation(Evaluation(loss, math.exp(loss), loss / 2))
         assert capsys.readouterr().out == (f"step {step} | val loss {loss:.4f} | ppl {math.exp(loss):.2f} | "
                                            f"bits/byte {loss / 2:.4f} | {words}\n")
     s.progress.best_step = s.progress.best_val_loss = None
     s.report.evaluation(Evaluation(2.0, math.exp(2), 1.0))
     assert capsys.readouterr().out.endswith("| not saved\n")
+    s.report.log_evaluation(Evaluation(2.0, math.exp(2), 1.0))
     log = s.events()
     assert log["val/loss"] == {3: 2.5, 6: 2.75, 9: 2.0} and log["val/bits_per_byte"][3] == 1.25
 
@@ -160,7 +178,7 @@ def test_evaluations_name_the_best(steps, capsys):
 def test_samples_are_texts_of_the_log(steps):
     s = steps(sample_tokens=30)
     s.progress.step = 4
-    s.report.evaluation(Evaluation(2.0, math.exp(2), 1.0))
+    s.report.log_evaluation(Evaluation(2.0, math.exp(2), 1.0))
     s.report.__exit__(None, None, None)
     events = EventAccumulator(s.cfg.log_dir + "/r", size_guidance={"tensors": 0})
     events.Reload()
@@ -169,11 +187,10 @@ def test_samples_are_texts_of_the_log(steps):
     assert len(text) == 1 + 30 and text == s.report.sample()
     assert event.step == 4 and event.tensor_proto.string_val[0].decode() == f"<pre>{html.escape(text)}</pre>"
     quiet = steps(sample_tokens=0)
-    quiet.report.evaluation(Evaluation(2.0, math.exp(2), 1.0))
+    quiet.report.log_evaluation(Evaluation(2.0, math.exp(2), 1.0))
 
 
 @pytest.mark.parametrize("progress, fields, words", [
-    (Progress(step=7), {}, "stopped after step 7, saved {run}/step_00000007.pt\n"),
     (Progress(step=30, best_step=20, best_val_loss=1.5), {},
      "finished at step 30; best val loss 1.5000 at step 20\n\n{sample}\n\nnext:\n  python sample.py --ckpt "
      "{run}/best.pt\n  tensorboard --logdir {log}\n"),
@@ -181,16 +198,118 @@ def test_samples_are_texts_of_the_log(steps):
      "finished at step 20 (early: 2 evaluations without a better loss); best val loss 1.5000 at step 10\n\n"),
     (Progress(step=30), {}, "finished at step 30; never evaluated\n\n{sample}\n\nnext:\n  python sample.py --ckpt "
                             "{run}\n"),
+    (Progress(step=30), dict(sample_tokens=0), "finished at step 30; never evaluated\n\nnext:\n  python"),
 ])
 def test_how_a_run_ended(steps, capsys, progress, fields, words):
     s = steps(progress, **fields)
+    s.cfg.run_dir.mkdir(parents=True, exist_ok=True)
+    (s.cfg.run_dir / "best.pt").touch()
     s.report.end()
     expected = words.format(run=s.cfg.run_dir, log=s.cfg.log_dir, sample=s.report.sample())
     assert capsys.readouterr().out.startswith(expected)
 
 
+def test_a_best_that_is_gone_is_not_recommended(steps, capsys):
+    s = steps(Progress(step=30, best_step=20, best_val_loss=1.5), sample_tokens=0)
+    s.report.end()
+    assert f"sample.py --ckpt {s.cfg.run_dir}\n" in capsys.readouterr().out
+
+
+def test_how_a_run_was_stopped_is_told_on_stderr(steps, capsys):
+    s = steps(Progress())
+    s.report.end()
+    assert capsys.readouterr() == ("", "stopped before the first step was done: nothing to save\n")
+    s.progress.step = 7
+    s.run.newest = s.cfg.run_dir / "step_00000007.pt"
+    s.report.end()
+    assert capsys.readouterr() == ("", f"stopped after step 7, saved {s.cfg.run_dir}/step_00000007.pt\n")
+
+
+def test_an_evaluation_that_ends_the_run_shows_and_logs_the_last_loss(steps, capsys):
+    s = steps(patience=2)
+    s.progress.evaluated(2.0)
+    for loss, lines in ((3.0, 1), (5.0, 2)):  # of them the second is the last
+        s.take(1.0, loss)
+        s.progress.evaluated(2.5)
+        with s.report.timer.paused():
+            s.report.evaluation(Evaluation(2.5, math.exp(2.5), 1.0))
+        out = capsys.readouterr().out
+        assert out.count("\n") == lines and out.splitlines()[-1].startswith(f"step {s.progress.step} | val loss 2.5")
+    assert "| step 4/13 (30.8%) | loss 2.5000 |" in out
+    assert s.events()["train/loss"] == {4: 2.5}
+
+
+@pytest.mark.parametrize("fields, words", [
+    (dict(max_iters=30), "length   30 steps; 12.5"), (dict(epochs=2.0), "length   25 steps (epochs=2); 12.5"),
+    (dict(max_iters=30, epochs=2.0), "length   25 steps (epochs=2); 12.5"),
+    (dict(max_iters=10, epochs=2.5), "length   10 steps (epochs=2.5 would be 32; max_iters ends the run); 12.5"),
+])
+def test_the_table_says_what_ends_the_run(steps, capsys, fields, words):
+    steps(**dict(max_iters=None) | fields).report.start()
+    assert words in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changes, fields, words", [
+    ([("max_iters", 10, 30), ("lr_decay_iters", 10, 30)], {},
+     "learning rate 1.22e-04 at step 10 and 7.75e-04 at step 11: to keep the former schedule, resume with "
+     "--lr_decay_iters=10\n"),
+    ([("learning_rate", 2e-3, 1e-3), ("min_lr", 2e-4, 1e-4)], {},
+     "--learning_rate=0.002 --min_lr=0.0002\n"),
+    ([("max_iters", 10, 30)], dict(lr_decay_iters=10), None), ([("seed", 1, 2)], {}, None),
+])
+def test_a_jump_of_the_learning_rate_is_announced(steps, capsys, changes, fields, words):
+    s = steps(Progress(step=10), resume=True, **fields)
+    s.run.newest, s.run.changes = s.cfg.run_dir / "step_00000010.pt", changes
+    s.report.start()
+    out = capsys.readouterr().out
+    assert words in out if words else "learning rate" not in out
+
+
+@pytest.mark.parametrize("n_threads, cpu_seconds, words", [
+    (2, 0.7, "2 threads get 1.4 cores: beside other programs OMP_NUM_THREADS=1 may"), (2, 0.8, None), (1, 0.3, None),
+    (8, 0.4, "8 threads get 3.2 cores: beside other programs OMP_NUM_THREADS=3 may"),
+])
+def test_threads_that_share_cores_are_warned_of(steps, capsys, monkeypatch, n_threads, cpu_seconds, words):
+    clock = [0.0]
+    monkeypatch.setattr(core.report.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(core.report.time, "process_time", lambda: clock[0] * cpu_seconds * n_threads)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
+    s, warnings = steps(max_iters=40), []
+    for n_steps, seconds in ((1, 9.0), (4, 0.1), (5, 1.0), (5, 1.0)):
+        s.take(*[1.0] * n_steps)
+        clock[0] += seconds
+        with s.report.timer.paused():
+            clock[0] += 5
+        s.report.training()
+        warnings.append(capsys.readouterr().err)
+    assert warnings[0] == warnings[1] == warnings[3] == ""  # it comes once, not from too short a time
+    assert warnings[2].startswith(f"warning: {words}") if words else warnings[2] == ""
+
+
+def test_a_long_step_is_announced_once(steps, capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(core.report.time, "perf_counter", lambda: clock[0])
+    s = steps(gradient_accumulation_steps=1000)
+    for seconds in range(1, 14):
+        clock[0] = float(seconds)
+        s.report.micro_batch_done(seconds)
+    assert capsys.readouterr().out == "a step has 1,000 forward passes and takes about 16 min 40 s\n"
+
+
+def test_an_epoch_that_was_resumed_is_not_timed_as_a_whole(steps, capsys, monkeypatch):
+    for first, lines in ((0, ["epoch took 0 s"] * 2), (5, ["rest of the epoch took 0 s", "epoch took 0 s"]),
+                         (13, ["epoch took 0 s"])):
+        s = steps(Progress(step=first), max_iters=40)
+        monkeypatch.setattr(s.report.timer, "mean", lambda: 2.0)
+        s.take(*[1.0] * (30 - first))
+        assert [line for line in capsys.readouterr().out.splitlines() if "epoch" in line] == lines
+        s.report.__exit__(None, None, None)
+
+
 def test_paths_to_type_are_quoted(steps, capsys):
     s = steps(Progress(step=30, best_step=20, best_val_loss=1.5), run_name="my run")
+    s.cfg.run_dir.mkdir(parents=True)
+    (s.cfg.run_dir / "best.pt").touch()
     s.report.end()
     assert f"--ckpt '{s.cfg.run_dir}/best.pt'\n" in capsys.readouterr().out
 
@@ -199,6 +318,7 @@ def test_paths_to_type_are_quoted(steps, capsys):
 
 def test_what_was_logged_after_the_checkpoint_is_dropped(steps):
     first = steps()
+    first.report.timer = StepTimer(100.0)
     first.take(4.0)
     for loss in (3.0, 2.0, 2.0):
         first.take(loss)
@@ -208,6 +328,10 @@ def test_what_was_logged_after_the_checkpoint_is_dropped(steps):
     second.take(1.0)
     second.report.training()
     assert second.events()["train/loss"] == {2: 3.5, 3: 1.0}
+    history = read_history(first.log)
+    assert {step: value for step, (value, _) in history.points["train/loss"].items()} == {2: 3.5, 3: 1.0}
+    (_, before), (_, after) = history.points["train/loss"].values()
+    assert 100 <= before <= after
 
 
 def test_what_is_logged_is_on_the_disk_at_once(steps):
@@ -217,7 +341,6 @@ def test_what_is_logged_is_on_the_disk_at_once(steps):
     assert scalars(s.cfg.log_dir + "/r")["train/loss"] == {1: 4.0}
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's writing thread
 def test_a_full_disk_loses_events_but_not_the_run(tmp_path, data_dir, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     argv = ["--dataset=tiny", f"--data_dir={data_dir}", "--device=cpu", "--n_layer=1", "--n_head=1", "--n_embd=4",
@@ -229,7 +352,10 @@ def test_a_full_disk_loses_events_but_not_the_run(tmp_path, data_dir, monkeypatc
     with files_up_to(checkpoint.stat().st_size + 10_000):
         assert train_gpt2.main(argv) == 0
     out, err = capsys.readouterr()
-    assert err == "warning: TensorBoard events are being lost: File too large\n"
+    *warnings, lost = sorted(err.splitlines(), key=lambda line: "lines" in line)
+    assert sorted(warnings) == ["warning: TensorBoard events are being lost: File too large",
+                                "warning: cannot write runs/r/metrics.jsonl at present: File too large"]
+    assert re.fullmatch(r"warning: [\d,]+ lines could not be written to runs/r/metrics.jsonl and are lost", lost)
     assert out.count("| loss ") == 400 and "finished at step 400" in out
     assert [path.name for path in step_checkpoints(tmp_path / "checkpoints/r")][-1] == "step_00000400.pt"
     assert 10 < len(scalars(tmp_path / "runs/r")["train/loss"]) < 400

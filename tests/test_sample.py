@@ -86,6 +86,16 @@ def test_json(alone):
     assert sample(alone, *args[:2], *args[3:], "--stop", stop).stdout.startswith(f"The {cut[0]['text']}\n----")
 
 
+def test_json_writes_characters_as_they_are(alone, tmp_path):
+    content = load_checkpoint(alone / "model.pt")
+    itos = list(content["tokenizer"]["itos"])
+    itos[itos.index("e")] = "é"  # the most frequent letter
+    torch.save(content | {"tokenizer": CharTokenizer(itos).state()}, tmp_path / "model.pt")
+    process = run("sample.py", "--ckpt", "model.pt", "--json", "--prompt", "é", cwd=tmp_path, encoding="utf-8")
+    [result] = objects(process)
+    assert "é" in result["text"] and process.stdout.count("é") == result["text"].count("é") + 1
+
+
 def pieces(tokenizer, tokens, stops):
     """What is shown of some tokens, piece by piece, and the finished Continuation."""
     continuation, shown = Continuation(tokenizer, stops), []
@@ -127,9 +137,9 @@ def test_stop_texts_against_a_search_in_the_whole_text():
 
 
 def test_text_streams_and_ctrl_c_stops_it(alone):
-    process = subprocess.Popen([sys.executable, "sample.py", "--ckpt", "model.pt", "--max_new_tokens", "7000"],
+    process = subprocess.Popen([sys.executable, "sample.py", "--ckpt", "model.pt", "--max_new_tokens", "60000"],
                                cwd=alone, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=UNBUFFERED_IS_UNSET)
-    assert len(os.read(process.stdout.fileno(), 10_000)) < 7000  # as much as there is
+    assert len(os.read(process.stdout.fileno(), 10_000)) < 60_000  # as much as there is
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and b"Traceback" not in errors
@@ -204,7 +214,29 @@ def test_score_is_the_evaluation(alone, tmp_path):
     assert_refused(sample(alone, *args, "--stride", "33"), "--stride 33", "32")
     assert_refused(sample(alone, *args[:3], "nosuch.txt"), "nosuch.txt")
     (tmp_path / "odd.txt").write_text("A☃")
-    assert_refused(sample(alone, *args[:3], tmp_path / "odd.txt"), "odd.txt: character '☃' at position 1")
+    assert_refused(sample(alone, *args[:3], tmp_path / "odd.txt"), "odd.txt: 1 character is not among the",
+                   "of the vocabulary: '☃' (line 1, column 2); --skip_unknown")
+
+
+def test_score_counts_places_and_skips_unknown_characters(alone, tmp_path):
+    known = pydoc_text(None)[:400]
+    odd = known[:150] + "☃" + known[150:390] + "é☃日本語中" + known[390:]
+    (tmp_path / "known.txt").write_text(known, encoding="utf-8", newline="")
+    (tmp_path / "odd.txt").write_text(odd, encoding="utf-8", newline="")
+    line, column = known[:150].count("\n") + 1, len(known[:150].split("\n")[-1]) + 1
+    assert line > 1 and column > 1
+    assert_refused(sample(alone, "--ckpt", "model.pt", "--score", tmp_path / "odd.txt"), "odd.txt: 7 characters are",
+                   f"'☃' (2 times, first in line {line}, column {column}), 'é' (line ", "'語' (",
+                   " and 1 other; --skip_unknown scores the rest")
+    args = ("--ckpt", "model.pt", "--skip_unknown", "--json", "--score")
+    [expected] = objects(sample(alone, *args, tmp_path / "known.txt"))
+    [result] = objects(sample(alone, *args, tmp_path / "odd.txt"))
+    assert (expected["skipped"], result["skipped"]) == (0, 7) and result["bytes"] == len(known.encode())
+    assert result | dict(file="", skipped=0) == expected | dict(file="")
+    report = sample(alone, *args[:3], "--score", tmp_path / "odd.txt").stdout
+    assert "| skipped 7 characters outside the vocabulary; tokens and bytes are the rest's" in report
+    (tmp_path / "all_odd.txt").write_text("☃☃☃", encoding="utf-8")
+    assert_refused(sample(alone, *args, tmp_path / "all_odd.txt"), "has 0 tokens")
 
 
 def test_a_long_prompt_is_noted(alone):
@@ -233,8 +265,11 @@ def test_bare_ckpt_takes_the_newest(alone, tmp_path):
     (["--min_p", "2"], ">= 0 and <= 1"), (["--repetition_penalty", "0"], ">= 0.01"),
     (["--num_samples", "0"], ">= 1"), (["--max_new_tokens", "0"], ">= 1"), (["--seed", "-1"], ">= 0"),
     (["--dtype", "int8"], "bfloat16"), (["--stride", "3"], "--score"),
+    (["--skip_unknown"], "--skip_unknown needs --score"), (["--list", "--score", "x"], "not allowed with"),
+    (["--list", "--seed", "1", "--json"], "--seed, --json can change nothing in --list"),
     (["--prompt", "a", "--interactive"], "--interactive"),
     (["--promt", "x"], "--promt"),
+    (["--temperature", "0", "--stop", "a", "--score", "x"], "--temperature, --stop can change nothing in --score"),
 ])
 def test_impossible_flags_are_refused_with_their_range(args, words, capsys):
     with pytest.raises(SystemExit) as exit:
@@ -245,7 +280,8 @@ def test_impossible_flags_are_refused_with_their_range(args, words, capsys):
 @pytest.mark.parametrize("args, words", [
     (["--prompt", "snow ☃"], "'☃' at position 5"), (["--prompt", ""], "empty"), (["--prompt", "FILE:nosuch"], "nosuch"),
     (["--prompt", "FILE:."], "is a directory"), (["--prompt", "\udcff"], "UTF-8"), (["--stop", ""], "--stop"),
-    (["--stop", "☃"], "--stop '☃'"), (["--score", ""], "is a directory"),
+    (["--stop", "☃"], "--stop '☃'"), (["--score", ""], "path of a text is empty"),
+    (["--prompt", "FILE:"], "path of a text is empty"),
     (["--device", "tpu"], "tpu"), (["--dtype", "float16", "--device", "cpu"], "float16"),
     (["--ckpt", "nosuch.pt"], "nosuch.pt"), (["--ckpt", "model.py"], "model.py"),
 ])

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import math
 import os
 import resource
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +28,15 @@ from helpers import (
 )
 
 import train_gpt2
-from core.checkpoint import SCHEMA, Progress, Run, load_checkpoint, load_model, step_checkpoints
+from core.checkpoint import Progress, Run, load_checkpoint, step_checkpoints
 from core.config import read_values, resolve
 from core.corpus import prepare_text, pydoc_text, read_corpus
 from core.dataset import TokenDataset
 from core.preflight import check_run
-from core.trainer import Trainer
+from core.report import Report
+from core.runs import load_model
+from core.schema import SCHEMA
+from core.trainer import Diverged, Trainer
 from lib.cli import UserError
 from model import GPT
 from train_gpt2 import train, train_model, validate
@@ -88,9 +93,11 @@ def test_resumed_runs_equal_uninterrupted_ones(tmp_path, tiny_args, train_here, 
     parts, _ = trained(tmp_path, [*tiny_args, *flags], "--max_iters=17", "--eval_interval=5", "--resume", name="parts")
     assert_equal_state(straight.state, parts)
     logged = [scalars(tmp_path / "runs" / name) for name in ("straight", "parts")]
-    assert sorted(logged[0]["train/loss"]) == [1, 4, 8, 12, 16]
+    assert sorted(logged[0]["train/loss"]) == [1, 4, 8, 12, 16, 17]
+    # Each part also logs its own last loss.
+    assert sorted(logged[1]["train/loss"]) == [1, 4, 6, 8, 10, 12, 16, 17]
     for tag in ("train/loss", "train/lr", "train/grad_norm"):
-        assert logged[0][tag] == logged[1][tag]
+        assert logged[0][tag] == {step: logged[1][tag][step] for step in logged[0][tag]}
     assert logged[0]["val/loss"][17] == logged[1]["val/loss"][17]
 
 
@@ -107,7 +114,7 @@ def test_logging_evaluating_and_saving_change_no_weight(train_here):
 
 def test_a_run_reports_and_keeps_what_it_should(finished):
     directory, state, process = finished
-    for words in ("data     tiny", "model    layernorm, gelu, learned", "CPU, 1 threads; float32; not compiled",
+    for words in ("data     tiny", "model    layernorm, gelu, learned", "CPU, 1 thread; float32; not compiled",
                   "epoch 1/1 | step 12/12 (100.0%) | loss ", "| eta 0 s",
                   "step 12 | val loss", "bits/byte", "next:\n  python sample.py --ckpt checkpoints/tiny/best.pt\n"
                   "  tensorboard --logdir runs\n"):
@@ -147,7 +154,7 @@ def test_logged_loss_is_the_mean_since_the_last_line(tmp_path, train_here):
     assert fourth[8] == pytest.approx(np.mean([each[k] for k in (5, 6, 7, 8)]), rel=1e-6)
 
 
-@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_saves_and_resuming_is_exact(tmp_path, tiny_args, train_here, signum, code):
     flags = ["--max_iters=4000", "--eval_interval=4000", "--checkpoint_interval=4000", "--dropout=0.1",
              "--lr_decay_iters=50"]
@@ -157,9 +164,9 @@ def test_a_signal_saves_and_resuming_is_exact(tmp_path, tiny_args, train_here, s
         if "step 6/" in line:
             process.send_signal(signum)
             break
-    out, err = process.communicate(timeout=100)
+    _, err = process.communicate(timeout=100)
     assert process.returncode == code, err
-    assert f"resume with: python train_gpt2.py {shlex.join([*args, '--resume'])}\n" in out and "Traceback" not in err
+    assert f"resume with: python train_gpt2.py {shlex.join([*args, '--resume'])}\n" in err and "Traceback" not in err
     (saved,) = step_checkpoints(tmp_path / "checkpoints/tiny")
     step = load_checkpoint(saved)["step"]
     assert step >= 6
@@ -170,16 +177,16 @@ def test_a_signal_saves_and_resuming_is_exact(tmp_path, tiny_args, train_here, s
 
 def test_a_second_signal_quits_immediately(tmp_path, tiny_args):
     args = [*tiny_args, "--max_iters=4000", "--eval_interval=4000", "--checkpoint_interval=1", "--log_interval=1",
-            "--gradient_accumulation_steps=300"]
+            "--batch_size=3000"]
     process = started("train_gpt2.py", *args, cwd=tmp_path)
     for line in process.stdout:
-        if line.startswith("epoch 4/"):  # the second step: each takes 3.6 epochs
+        if line.startswith("epoch 18/"):  # the second step; each takes a second and 8.9 epochs
             process.send_signal(signal.SIGINT)
             break
-    assert any("stopping after this step" in line for line in process.stderr)
+    assert any("stopping after saving" in line for line in process.stderr)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=100)
-    assert process.returncode == 130 and "Traceback" not in err and "interrupted" in err
+    assert process.returncode == 130 and "Traceback" not in err and "interrupted" in err, err
     assert "stopped after step" not in out
     saved = step_checkpoints(tmp_path / "checkpoints/tiny")
     assert [load_checkpoint(path)["step"] for path in saved][-1] >= 1
@@ -187,9 +194,9 @@ def test_a_second_signal_quits_immediately(tmp_path, tiny_args):
 
 
 def test_out_of_memory_names_what_to_lower(tmp_path, tiny_args):
-    process = run("train_gpt2.py", *tiny_args, "--batch_size=60000", "--n_embd=512", cwd=tmp_path,
+    process = run("train_gpt2.py", *tiny_args, "--batch_size=10000", "--n_embd=512", cwd=tmp_path,
                   preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30)))
-    assert_refused(process, "out of memory with 60000 x 32 tokens", "lower batch_size", "gradient_accumulation_steps")
+    assert_refused(process, "out of memory with 10000 x 32 tokens", "lower batch_size", "gradient_accumulation_steps")
 
 
 @pytest.mark.chaos
@@ -226,6 +233,7 @@ def test_resume_falls_back_over_a_damaged_checkpoint(train_here):
     expected = first.state
     newest = first.run_dir / "step_00000012.pt"
     newest.write_bytes(newest.read_bytes()[:-500])
+    (first.run_dir / "best.pt").unlink()
     again = train_here("--resume")
     assert "step_00000012.pt is damaged" in again.stderr
     assert "resumed from checkpoints/tiny/step_00000006.pt" in again.stdout
@@ -234,14 +242,14 @@ def test_resume_falls_back_over_a_damaged_checkpoint(train_here):
 
 
 @pytest.mark.parametrize("key", SCHEMA)
-def test_resume_refuses_a_checkpoint_that_lacks_a_key(finished, train_here, tmp_path, capsys, key):
+def test_resume_refuses_a_checkpoint_that_lacks_a_key(finished, train_here, tmp_path, key):
     run_dir = tmp_path / "checkpoints/tiny"
     run_dir.mkdir(parents=True)
     torch.save({name: value for name, value in finished[1].items() if name != key}, run_dir / "step_00000012.pt")
-    with pytest.raises(UserError, match="no checkpoint in checkpoints/tiny is intact"):
+    with pytest.raises(UserError, match="no checkpoint in checkpoints/tiny is intact") as refused:
         train_here("--resume")
-    assert (f"step_00000012.pt is not a checkpoint of this project: {key} missing or of the wrong type"
-            in capsys.readouterr().err)
+    assert (f"step_00000012.pt is not a whole checkpoint of this project: {key} missing or of the wrong type"
+            in str(refused.value))
 
 
 @pytest.mark.parametrize("grad_clip", [0, 1])
@@ -271,19 +279,22 @@ def test_early_stop_keeps_the_best(train_here):
 
 
 def test_a_best_model_that_could_not_be_saved_is_not_the_best(tmp_path, data_dir, tiny_args, capsys):
-    cfg = check_run(*read_values([*tiny_args, f"--out_dir={tmp_path}"]))
+    cfg = check_run(*read_values([*tiny_args, f"--out_dir={tmp_path}", f"--log_dir={tmp_path}/runs"]))
     corpus = read_corpus(data_dir / "tiny")
     cfg = resolve(cfg, 9)
     trainer, progress = Trainer(cfg, corpus.tokenizer.vocab_size), Progress(step=3)
     data = TokenDataset(corpus.val[:100], cfg.block_size, tokenizer=corpus.tokenizer)
     with Run(cfg, corpus) as run:
+        report = Report(run, trainer, progress)
         with files_up_to(10_000):
-            first = validate(run, trainer, progress, data)
-        assert (progress.val_loss, progress.best_val_loss, progress.best_step) == (first.loss, None, None)
-        assert "best.pt: File too large" in capsys.readouterr().err
-        assert validate(run, trainer, progress, data) == first
-    assert (progress.best_val_loss, progress.best_step) == (first.loss, 3)
-    assert load_checkpoint(cfg.run_dir / "best.pt")["best_val_loss"] == first.loss
+            validate(run, trainer, progress, data, report)
+        assert progress.val_loss > 0 and (progress.best_val_loss, progress.best_step) == (None, None)
+        out, err = capsys.readouterr()
+        assert "best.pt: File too large" in err and out.endswith("| not saved\n")
+        validate(run, trainer, progress, data, report)
+        assert capsys.readouterr().out.endswith("| best so far\n")
+    assert (progress.best_val_loss, progress.best_step) == (progress.val_loss, 3)
+    assert load_checkpoint(cfg.run_dir / "best.pt")["best_val_loss"] == progress.val_loss
 
 
 def test_a_data_set_is_prepared_first_and_the_default_run_needs_no_config(tmp_path, monkeypatch, capsys):
@@ -318,7 +329,7 @@ def test_train_model(tmp_path, monkeypatch):
     saved = load_checkpoint("out/model.pt")
     assert saved["step"] == math.ceil(2 * len(dataset) / 8)
     assert all(torch.equal(value, saved["model_state_dict"][name]) for name, value in model.state_dict().items())
-    loaded, tokenizer, _ = load_model("out/model.pt")
+    _, loaded, tokenizer, _ = load_model("out/model.pt")
     assert loaded.config == model.config and tokenizer.itos == dataset.tokenizer.itos
 
 
@@ -345,15 +356,195 @@ def test_train_is_callable_without_a_script(data_dir, tmp_path):
 
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(save_path="."), "save_path=. is a directory"),
-    (dict(save_path="input.txt/x.pt"), "Not a directory|File exists"),
+    (dict(save_path="."), "exists and is not a file: give another name"),
+    (dict(save_path="input.txt/x.pt"), "cannot create the directory input.txt: it is a file"),
+    (dict(save_path="/proc/x.pt"), "cannot write /proc/x.pt: "),
     (dict(learning_rat=1), r"unknown field learning_rat \(did you mean learning_rate\?\)"),
-    (dict(data_path=".txt"), "dataset='.txt' must be a plain directory name"),
+    (dict(data_path=".txt"), ".txt cannot become a data set of its own name: rename it"),
+    (dict(data_path="pydoc.txt"), "pydoc.txt cannot become a data set of its own name: rename it"),
+    (dict(data_path="a\nb.txt"), "cannot become a data set of its own name: rename it"),
 ])
 def test_train_model_refuses_before_it_trains(tmp_path, monkeypatch, changes, words):
     monkeypatch.chdir(tmp_path)
-    for name in ("input.txt", ".txt"):
+    for name in ("input.txt", ".txt", "pydoc.txt", "a\nb.txt"):
         (tmp_path / name).write_text("to be or not to be\n" * 40)
     with pytest.raises(UserError, match=words):
         train_model(**dict(data_path="input.txt", device="cpu", block_size=8, max_iters=1, sample_tokens=0) | changes)
-    assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "data/.txt").exists()
+    assert not (tmp_path / "checkpoints").exists()
+    assert {path.name for path in tmp_path.glob("data/*")} <= {"input"}
+
+
+@pytest.fixture
+def notebook(tmp_path, monkeypatch):
+    """train_model with a text and a small model, in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "input.txt").write_text("to be or not to be\n" * 40)
+    return functools.partial(train_model, data_path="input.txt", device="cpu", block_size=8, max_iters=1, n_layer=1,
+                             sample_tokens=0)
+
+
+def test_a_second_call_takes_the_next_name(notebook, tmp_path):
+    def runs():
+        return {path.name for path in tmp_path.glob("checkpoints/*")}
+
+    notebook()
+    notebook()
+    assert runs() == {"input", "input-2"}
+    notebook(resume=True, max_iters=2)
+    assert [path.name for path in step_checkpoints(tmp_path / "checkpoints/input-2")][-1] == "step_00000002.pt"
+    assert [path.name for path in step_checkpoints(tmp_path / "checkpoints/input")] == ["step_00000001.pt"]
+    (tmp_path / "mine.py").write_text("dataset = 'pydoc'\n")
+    notebook(config_path=tmp_path / "mine.py", data_path=None, dataset="input")
+    notebook(config_path="mine.py", data_path=None, dataset="input")
+    assert runs() == {"input", "input-2", "mine", "mine-2"}
+    with pytest.raises(UserError, match="mine already holds checkpoints"):
+        notebook(run_name="mine")
+
+
+def test_another_text_of_the_same_name_is_refused(notebook, tmp_path):
+    notebook()
+    (tmp_path / "input.txt").write_text("the rest is silence\n" * 40)
+    with pytest.raises(UserError, match="data/input holds other data"):
+        notebook()
+    assert "r" in read_corpus(tmp_path / "data/input").tokenizer.stoi
+
+
+def test_a_call_that_failed_holds_no_lock(notebook):
+    with pytest.raises(Diverged) as kept:  # as a notebook keeps it
+        notebook(max_iters=9, learning_rate=1e38, warmup_iters=0, run_name="r")
+    notebook(run_name="r", resume=True)
+    assert kept.value.__traceback__ is not None
+
+
+def test_values_as_notebooks_have_them(notebook, tmp_path):
+    model, _ = notebook(data_path=Path("input.txt"), out_dir=tmp_path / "out", learning_rate=np.float64(1e-3),
+                           n_embd=np.int64(8), n_head=np.int32(2), bias=np.bool_(False), dropout=np.float32(0.25),
+                           save_path=Path("model.pt"))
+    assert (model.config.n_embd, model.config.bias, model.config.dropout) == (8, False, 0.25)
+    content = load_checkpoint(tmp_path / "model.pt")
+    assert content["config"]["out_dir"] == str(tmp_path / "out") and type(content["config"]["n_embd"]) is int
+    with pytest.raises(UserError) as refused:
+        notebook(bogus=1, n_head=np.float64(2))
+    assert str(refused.value) == ("2 problems:\n  - unknown field bogus\n  - n_head must be an int >= 1 and < 65536, "
+                                  "not 2.0")
+
+
+# Signals and outputs
+
+def test_a_signal_between_micro_batches_drops_the_step(tmp_path, tiny_args, train_here):
+    flags = ["--gradient_accumulation_steps=1000000", "--checkpoint_interval=1", "--log_interval=1"]
+    process = started("train_gpt2.py", *tiny_args, *flags, cwd=tmp_path)
+    for line in process.stdout:
+        if line.startswith("device"):
+            break
+    time.sleep(0.5)  # now, or soon, in the middle of the first step, which would take an hour
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and "stopped before the first step was done: nothing to save" in err
+    assert list((tmp_path / "checkpoints/tiny").glob("*.pt")) == []
+    # With steps before it, they are what is saved.
+    straight = train_here("--max_iters=2", "--lr_decay_iters=12", "--eval_interval=99", name="straight")
+    flags = ["--lr_decay_iters=12", "--eval_interval=99", "--max_iters=3", "--sample_tokens=0"]
+    step, seen = Trainer.step, []
+
+    def interrupted(trainer, batch, proceed):
+        if batch.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            trainer.cfg = dataclasses.replace(trainer.cfg, batch_size=2, gradient_accumulation_steps=2)
+            batch.micro_batches = np.split(batch.micro_batches[0], 2)
+        seen.append(step(trainer, batch, proceed))
+        return seen[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "step", interrupted)
+        stopped = train_here(*flags, name="stopped")
+    assert stopped.code == 143 and len(seen) == 3 and seen[2] is None
+    assert "stopped after step 2, saved checkpoints/stopped/step_00000002.pt" in stopped.stderr
+    assert_equal_state(stopped.state, straight.state | {"pending_losses": stopped.state["pending_losses"]})
+
+
+def test_a_signal_ends_a_long_sample(tmp_path, tiny_args):
+    process = started("train_gpt2.py", *tiny_args, "--eval_interval=2", "--sample_tokens=1000000", "--log_interval=1",
+                      cwd=tmp_path)
+    for line in process.stdout:
+        if "step 2/" in line:  # next come an evaluation and its sample
+            break
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "stopped after step 2, saved checkpoints/tiny/step_00000002.pt" in err
+
+
+def test_a_signal_that_stopped_train_model_is_then_the_callers(notebook, tmp_path):
+    step = Trainer.step
+
+    def interrupted(trainer, batch, proceed):
+        if batch.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(trainer, batch, proceed)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "step", interrupted)
+        notebook(max_iters=50, save_path="model.pt")
+    assert load_checkpoint(tmp_path / "model.pt")["step"] == 3
+
+
+def test_a_hangup_sent_twice_saves(tmp_path, tiny_args):
+    process = started("train_gpt2.py", *tiny_args, "--max_iters=4000", "--eval_interval=4000", "--batch_size=1000",
+                      "--log_interval=1", cwd=tmp_path)
+    for line in process.stdout:
+        if "| loss " in line:
+            process.send_signal(signal.SIGHUP)
+            break
+    for line in process.stderr:
+        if "stopping after saving" in line:
+            process.send_signal(signal.SIGHUP)
+            break
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 129 and "stopped after step" in err, err
+
+
+def test_an_ignored_hangup_stays_ignored(tmp_path, tiny_args):
+    """As under nohup."""
+    process = subprocess.Popen([sys.executable, str(ROOT / "train_gpt2.py"), *tiny_args, "--log_interval=1"],
+                               cwd=tmp_path, env=ONE_THREAD, text=True, stdout=subprocess.PIPE,
+                               preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    for line in process.stdout:
+        if "| loss " in line:
+            process.send_signal(signal.SIGHUP)
+            break
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "finished at step 12" in out
+
+
+@pytest.mark.parametrize("redirection, words", [
+    ("| head -n 3", "warning: standard output is lost (Broken pipe); continuing without it"),
+    ("> /dev/full", "warning: standard output is lost (No space left on device); continuing without it"),
+    (">&-", ""), ("2>&1 | head -n 3", ""),
+])
+def test_a_run_outlives_its_output(tmp_path, tiny_args, redirection, words):
+    command = shlex.join([sys.executable, str(ROOT / "train_gpt2.py"), *tiny_args, "--log_interval=1"])
+    process = subprocess.run(["bash", "-c", f"set -o pipefail; {command} {redirection}; echo code $? >&2"],
+                             cwd=tmp_path, env=ONE_THREAD, capture_output=True, text=True, timeout=100)
+    assert process.stderr.endswith("code 0\n"), process.stderr
+    assert words in process.stderr and "Traceback" not in process.stdout + process.stderr
+    assert [path.name for path in step_checkpoints(tmp_path / "checkpoints/tiny")][-1] == "step_00000012.pt"
+
+
+def test_ctrl_c_behind_a_pipe_saves_and_tells_how_to_resume(tmp_path, tiny_args):
+    """Ctrl-C reaches the whole process group: the reader of the output dies first."""
+    args = [*tiny_args, "--max_iters=4000", "--eval_interval=4000", "--log_interval=1", "--batch_size=64"]
+    command = shlex.join([sys.executable, str(ROOT / "train_gpt2.py"), *args])
+    process = subprocess.Popen(["bash", "-c", f"{command} | tee log; echo code ${{PIPESTATUS[0]}} >&2"], cwd=tmp_path,
+                               env=ONE_THREAD, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    for line in process.stdout:
+        if "| loss " in line:
+            break
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    (saved,) = step_checkpoints(tmp_path / "checkpoints/tiny")
+    step = load_checkpoint(saved)["step"]
+    assert f"stopped after step {step}, saved checkpoints/tiny/{saved.name}\n" in err
+    assert f"resume with: python train_gpt2.py {shlex.join([*args, '--resume'])}\n" in err and "Traceback" not in err

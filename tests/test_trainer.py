@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from helpers import FAMILIES, FixedBatch
 
 from core.checkpoint import Progress, Run
 from core.config import TrainConfig, resolve
@@ -51,7 +52,7 @@ def test_accumulation_equals_one_large_batch_even_with_padding(trainer, data):
     with torch.no_grad():
         expected = trainers[0].model(x, y)[1].item()
     for t in trainers:
-        loss = t.step((x, y), 0)
+        loss = t.step(FixedBatch((x, y), 0, t.cfg.batch_size))
         assert loss.item() == pytest.approx(expected, rel=1e-5) and loss.dtype == torch.float32
         assert t.grad_norm.item() == pytest.approx(trainers[0].grad_norm.item(), rel=1e-4)
         for p, q in zip(t.model.parameters(), trainers[0].model.parameters()):
@@ -70,7 +71,7 @@ def test_a_step_has_the_gradients_of_a_plain_loop(trainer, data, dtype, toleranc
             if target >= 0:
                 nats, n_targets = nats - log_p[position, target], n_targets + 1
     (nats / n_targets).backward()
-    assert t.step((x, y), 0).item() == pytest.approx(nats.item() / n_targets, rel=tolerance)
+    assert t.step(FixedBatch((x, y), 0, 3)).item() == pytest.approx(nats.item() / n_targets, rel=tolerance)
     for p, q in zip(t.model.parameters(), plain.parameters()):
         gradient = t.optimizer.state[p]["exp_avg"]  # with beta1 = 0 the first moment is the gradient
         assert (gradient - q.grad).norm() < tolerance * q.grad.norm()
@@ -78,7 +79,7 @@ def test_a_step_has_the_gradients_of_a_plain_loop(trainer, data, dtype, toleranc
 
 def test_gradients_are_clipped_and_the_norm_is_before_clipping(trainer, data):
     t = trainer(grad_clip=0.01, beta1=0.5)
-    t.step(data.windows(range(4)), 0)
+    t.step(FixedBatch(data.windows(range(4)), 0))
     assert t.grad_norm > 0.1
     # After the first step AdamW's first moment is (1 - beta1) * gradient.
     moments = [state["exp_avg"] for state in t.optimizer.state.values()]
@@ -92,7 +93,7 @@ def test_dropout_depends_on_seed_and_step_alone(trainer, data):
         t.cfg = config(dropout=0.5, seed=seed)
         for step in steps:
             torch.rand(noise)  # what others draw in between
-            t.step(batch, step)
+            t.step(FixedBatch(batch, step))
         states.append(weights(t))
     assert_same_weights(states[0], states[1])
     for other in states[2:]:
@@ -107,7 +108,7 @@ def test_weights_follow_the_seed(trainer):
 
 def test_the_learning_rate_is_the_schedules(trainer, data):
     t = trainer(warmup_iters=4, learning_rate=1e-3, optimizer="muon")
-    t.step(data.windows(range(2)), 1)
+    t.step(FixedBatch(data.windows(range(2)), 1))
     assert {group["lr"] for group in t.optimizer.param_groups} == {1e-3 * 2 / 5}
 
 
@@ -131,11 +132,11 @@ POISONS = [("weights", "adamw"), ("loss", "adamw"), ("gradient", "adamw"), ("gra
 def test_non_finite_values_never_reach_the_weights_or_the_disk(trainer, corpus, data, tmp_path, what, optimizer):
     t = trainer(optimizer=optimizer, out_dir=str(tmp_path))
     batch = data.windows(range(4))
-    t.step(batch, 0)
+    t.step(FixedBatch(batch, 0))
     before = weights(t)
     poison(t, what, before)
     with pytest.raises(Diverged, match=r"step 2: loss or gradient .*learning rate 0\.00099"):
-        t.step(batch, 1)
+        t.step(FixedBatch(batch, 1))
     assert_same_weights(weights(t), before)
     with Run(t.cfg, corpus) as run:
         for name in (None, "best.pt"):
@@ -148,11 +149,11 @@ def test_non_finite_values_never_reach_the_weights_or_the_disk(trainer, corpus, 
 def test_asynchronous_steps_stop_at_the_next_check(trainer, corpus, data, tmp_path, what, optimizer):
     t = trainer(optimizer=optimizer, out_dir=str(tmp_path))
     batch = data.windows(range(4))
-    t.step(batch, 0)
+    t.step(FixedBatch(batch, 0))
     poison(t, what, weights(t))
     check_finite, t.check_finite = t.check_finite, lambda: None  # as on a GPU, where a step does not wait for it
     for step in (1, 2, 3):
-        t.step(batch, step)
+        t.step(FixedBatch(batch, step))
     t.check_finite = check_finite
     with pytest.raises(Diverged, match="diverged at step 2: loss or gradient"):
         t.check_finite()
@@ -166,16 +167,38 @@ def test_the_gradient_scaler_looks_for_its_scale_without_diverging(trainer, data
     assert t.scaler.is_enabled()
     scale, before, batch = t.scaler.get_scale(), weights(t), data.windows(range(4))
     hook = t.model.lm_head.weight.register_hook(lambda gradient: gradient * math.inf)
-    t.step(batch, 0)
+    t.step(FixedBatch(batch, 0))
     t.check_state(1)
     assert_same_weights(weights(t), before)
     assert t.scaler.get_scale() == scale / 2
     hook.remove()
-    t.step(batch, 1)
+    t.step(FixedBatch(batch, 1))
     assert not torch.equal(weights(t)["lm_head.weight"], before["lm_head.weight"])
     t.forward = lambda x, y: (None, t.model(x, y)[1] * math.nan)
     with pytest.raises(Diverged, match="step 3"):
-        t.step(batch, 2)
+        t.step(FixedBatch(batch, 2))
+
+
+def test_gradients_that_stay_infinite_in_float16_are_a_divergence(trainer, data):
+    t = trainer(dtype="float16")
+    t.model.lm_head.weight.register_hook(lambda gradient: gradient * math.inf)
+    batch = data.windows(range(4))
+    with pytest.raises(Diverged, match=r"diverged at step 18: loss or gradient .* or dtype=float32"):
+        for step in range(40):  # the scale starts at 2^16 and is halved
+            t.step(FixedBatch(batch, step))
+    assert t.scaler.get_scale() == 0.5
+
+
+def test_a_step_can_be_dropped_between_micro_batches(trainer, data):
+    batch = FixedBatch(data.windows(range(6)), 0, batch_size=2)
+    t, other = trainer(dropout=0.3), trainer(dropout=0.3)
+    before, asked = weights(t), []
+    assert t.step(batch, lambda n_done: asked.append(n_done) or n_done < 2) is None
+    assert asked == [1, 2]
+    assert_same_weights(weights(t), before)
+    assert t.step(batch, lambda n_done: asked.append(n_done) or True) == other.step(batch)
+    assert asked == [1, 2, 1, 2]
+    assert_same_weights(weights(t), weights(other))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -184,10 +207,10 @@ def test_a_restored_state_continues_bit_for_bit(trainer, data, optimizer):
     parts.cfg = straight.cfg
     batches = [data.windows(range(4 * step, 4 * step + 4)) for step in range(4)]
     for step in (0, 1):
-        straight.step(batches[step], step)
+        straight.step(FixedBatch(batches[step], step))
     parts.load_state_dict(copy.deepcopy(straight.state_dict()) | {"step": 2})
     for step in (2, 3):
-        losses = [t.step(batches[step], step) for t in (straight, parts)]
+        losses = [t.step(FixedBatch(batches[step], step)) for t in (straight, parts)]
         assert torch.equal(*losses)
     assert_same_weights(weights(straight), weights(parts))
 
@@ -207,6 +230,34 @@ def test_a_compiler_that_fails_leaves_the_plain_model(trainer, data, monkeypatch
     t, plain = compiling("no C++ compiler\nand a long trace"), trainer()
     assert t.compile_error == "no C++ compiler" and t.forward is t.model and t.model.training
     batch = data.windows(range(4))
-    assert torch.equal(t.step(batch, 0), plain.step(batch, 0))
+    assert torch.equal(t.step(FixedBatch(batch, 0)), plain.step(FixedBatch(batch, 0)))
     with pytest.raises(RuntimeError, match="out of memory"):
         compiling("CUDA error: out of memory")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_activation_checkpointing_changes_no_bit_and_keeps_less(trainer, data, family, dropout):
+    fields = FAMILIES[family] | dict(dropout=dropout, n_layer=4, n_embd=64)
+    plain, checkpointed = trainer(**fields), trainer(activation_checkpointing=True, **fields)
+    kept = []
+    for t in (plain, checkpointed):
+        for step in (0, 1):
+            t.step(FixedBatch(data.windows(range(6)), step, batch_size=3))
+        kept.append(bytes_kept(t.model, *data.windows(range(6))))
+    assert_same_weights(weights(plain), weights(checkpointed))
+    assert kept[1] < 0.5 * kept[0]
+
+
+def bytes_kept(model, x, y):
+    """Bytes of the activations that a forward pass keeps for the backward pass."""
+    storages = {}
+
+    def keep(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(x, y)[1]
+    assert loss.requires_grad
+    return sum(storages.values()) - sum(p.numel() * 4 for p in model.parameters())

@@ -1,0 +1,56 @@
+"""Weights that were made elsewhere: published ones, directories in Hugging Face's layout, nanoGPT's checkpoints."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from core import huggingface, nanogpt
+from core.config import TrainConfig
+from core.tokenizer import Tokenizer
+from lib.cli import UserError, nearest, plural
+from model import GPT
+
+# A model that was found and is supported; its tokenizer and weights are yet to be read.
+Pretrained = huggingface.Pretrained | nanogpt.Pretrained
+
+
+def find(name: str | Path, data_dir: str) -> Pretrained:
+    """The model that `name` means. UserError if there is none, or it is not supported. Downloads nothing."""
+    if huggingface.is_model(name):
+        return huggingface.find(name, data_dir)
+    if nanogpt.is_checkpoint(name):
+        return nanogpt.find(name, data_dir)
+    published = huggingface.PUBLISHED
+    raise UserError(f"{name} is neither one of {', '.join(published)}{nearest(str(name), published)}, nor a directory "
+                    f"in Hugging Face's layout (with config.json and {huggingface.WEIGHTS}), nor a nanoGPT checkpoint")
+
+
+def load(weights: Pretrained) -> tuple[GPT, Tokenizer]:
+    """(GPT in eval mode, float32 on the CPU, its tokenizer), downloaded if need be. UserError for what does not fit."""
+    tokenizer, state = weights.load_tokenizer(), weights.load_state()
+    with torch.device("meta"):  # no time for random weights
+        model = GPT(weights.config)
+    model.load_state_dict(state, assign=True)
+    if weights.config.tie_weights:
+        model.lm_head.weight = model.transformer.wte.weight
+    return model.eval(), tokenizer
+
+
+def pretrained_weights(cfg: TrainConfig, tokenizer: Tokenizer) -> dict[str, Tensor]:
+    """The weights of init_from, cut to block_size positions. UserError if the vocabularies differ."""
+    weights = find(cfg.init_from, cfg.data_dir)
+    if tokenizer.vocabulary() != weights.load_tokenizer().vocabulary():
+        raise UserError(vocabulary_message(cfg, weights))
+    state = weights.load_state()
+    state["transformer.wpe.weight"] = state["transformer.wpe.weight"][: cfg.block_size]
+    print(f"weights from {weights.path}")
+    return state
+
+
+def vocabulary_message(cfg: TrainConfig, weights: Pretrained) -> str:
+    """The message when cfg.dataset's vocabulary differs from the weights'."""
+    hint = "; shakespeare has it, and so does any data set prepared with prepare_data.py --tokenizer gpt2"
+    return (f"dataset={cfg.dataset} does not have the vocabulary of init_from={cfg.init_from} "
+            f"({weights.tokenizer_kind}, {plural(weights.config.vocab_size, 'symbol')}): choose another data set"
+            f"{hint if weights.tokenizer_kind == 'gpt2' else ''}")
