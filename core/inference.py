@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.random  # NumPy would load it at its first use, and loses a Ctrl-C meanwhile
 import torch
 import torch.nn as nn
 import torch.nn.functional as F

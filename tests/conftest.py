@@ -1,6 +1,7 @@
 """Fixtures that several test files use: the downloads, a small prepared data set, the flags of a short run."""
 
 import os
+import signal
 import sys
 
 import pytest
@@ -10,6 +11,11 @@ from helpers import ROOT
 from core.corpus import prepare_text, pydoc_text
 
 torch.set_num_threads(1)  # as in helpers.ONE_THREAD
+# A shell that starts the tests in the background, or nohup, has them ignored, and so would all scripts they start.
+for name in ("SIGINT", "SIGHUP"):
+    signum = getattr(signal, name, None)
+    if signum and signal.getsignal(signum) == signal.SIG_IGN:
+        signal.signal(signum, signal.default_int_handler)
 
 # Modules about signals, limits, terminals, shells, links and POSIX paths; and those that look into Linux's /proc.
 POSIX_ONLY = ("chaos_faults", "chaos_fuzz", "chaos_processes", "checkpoint", "cli", "distributed", "export_hf", "files",

@@ -145,6 +145,15 @@ def test_text_streams_and_ctrl_c_stops_it(alone):
     assert process.returncode == 130 and b"Traceback" not in errors
 
 
+def test_nothing_compiled_is_loaded_while_text_streams(alone):
+    """What Cython has compiled loses a Ctrl-C while it is loaded."""
+    code = ("import sys, sample; before = {*sys.modules}; sample.main(['--ckpt=model.pt', '--max_new_tokens=9']); "
+            "files = [str(getattr(sys.modules[name], '__file__', '')) for name in {*sys.modules} - before]; "
+            "print([file for file in files if file.endswith(('.so', '.pyd'))], file=sys.stderr)")
+    process = subprocess.run([sys.executable, "-c", code], cwd=alone, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 0 and process.stderr.splitlines()[-1] == "[]", process.stderr
+
+
 def converse(directory, *turns):
     """Run --interactive in a terminal: for each (what to wait for, what to type); (exit code, output)."""
     child, terminal = pty.fork()
