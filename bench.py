@@ -468,8 +468,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--decode_tokens", type=number(int, low=0), default=100,
                         help="length of the texts generated from one token; 0: none (default 100)")
     parser.add_argument("--peer", metavar="PATH/model.py",
-                        help="a file with GPT and GPTConfig as in nanoGPT's model.py: it is executed, and timed in "
-                             "turns with ours in the same process, trained as nanoGPT does (float32 off CUDA)")
+                        help="a file with GPT and GPTConfig as in nanoGPT's model.py: it is executed, and timed "
+                             "alternately with ours in the same process, trained as nanoGPT does (float32 off CUDA)")
     parser.add_argument("--peer_compile", action="store_true", help="torch.compile the peer too")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     args, rest = parser.parse_known_args(argv)

@@ -1,8 +1,8 @@
 """GPT in two families that share one code path.
 
 GPT-2 (Radford et al. 2019): LayerNorm, GELU, learned positions. The modern family: RMSNorm
-(Zhang & Sennrich 2019), SwiGLU (Shazeer 2020), sinusoidal positions (Vaswani et al. 2017). Any norm
-goes with any feed-forward network and any positions. Parameter names are GPT-2's.
+(Zhang & Sennrich 2019), SwiGLU (Shazeer 2020), sinusoidal (Vaswani et al. 2017) or rotary positions
+(Su et al. 2021). Any norm goes with any feed-forward network and any positions. Parameter names are GPT-2's.
 
 Shapes: B sequences, T tokens, C = n_embd, H heads of size D = C / H, V = vocab_size, L layers.
 """

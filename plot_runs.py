@@ -7,7 +7,8 @@
     python plot_runs.py runs/mine --samples --out samples.svg
 
 Runs whose configurations differ in nothing but the seed are one setting: their mean, in a band from the lowest
-to the highest, as far as all of them have come. Seconds are of training, without evaluations, samples and saves.
+to the highest, up to the last step that all have reached. Seconds are of training, without evaluations, samples
+and saves.
 A run is given by its directory, its metrics.jsonl, or a file with what nanoGPT's train.py has printed.
 """
 
@@ -128,7 +129,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("loss.png"), metavar="FILE",
                         help="the picture, FILE.png or FILE.svg (default loss.png); it is replaced")
     parser.add_argument("--samples", action="store_true",
-                        help=f"instead, how the samples of one run begin: {ROWS} from its first to its last")
+                        help=f"plot the start of one run's samples instead: {ROWS}, from first to last")
     args = parser.parse_args(argv)
     if args.out.suffix not in FORMATS:
         raise UserError(f"--out {args.out} must end in .png or .svg")

@@ -255,7 +255,7 @@ def parse_args(argv: list[str]) -> Namespace:
                              "repeatable (bash: $'\\n' is a line break)")
     parser.add_argument("--seed", type=number(int, low=0, below=2**32), default=1337,
                         help="sample i is what --seed SEED+i alone would give, on a GPU up to rounding (default 1337)")
-    parser.add_argument("--data_dir", default="data", help="has published weights, nanoGPT's meta.pkl (default: data)")
+    parser.add_argument("--data_dir", default="data", help="directory of published weights, meta.pkl (default: data)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
                         help="dtype of the weights; auto: bfloat16 where that is fast, but float32 for --score")
@@ -267,7 +267,7 @@ def parse_args(argv: list[str]) -> Namespace:
     names = (*SAMPLING, "json", "device", "dtype", "data_dir") if args.list else SAMPLING
     unused = [f"--{name}" for name in names if getattr(args, name) != parser.get_default(name)]
     if unused and (args.list or args.score is not None):
-        parser.error(f"{', '.join(unused)} can change nothing in {'--list' if args.list else '--score'}")
+        parser.error(f"{', '.join(unused)} has no effect with {'--list' if args.list else '--score'}")
     return args
 
 

@@ -164,7 +164,7 @@ def run(argv: list[str], processes: Processes) -> int:
     if wants_plan(argv):
         return print_plan(argv, processes)
     values, problems = read_values(argv)
-    processes.same(repr((values, problems)), "its flags or config file are not the first process's: make them equal")
+    processes.same(repr((values, problems)), "its flags or config differ from the first process's: make them equal")
     cfg = processes.lead(lambda: check_run(values, problems, processes))
     if processes.size > 1 and cfg.device == "cuda":
         processes.each(lambda: choose_device(f"cuda:{local_rank()}"))

@@ -137,7 +137,7 @@ def step_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def newest_first(run_dir: Path) -> list[Path]:
-    """The run's step_*.pt and best*.pt files by falling step; unreadable best ones come last."""
+    """The run's step_*.pt and best*.pt files, newest step first; unreadable best ones come last."""
     steps = {path: int(path.stem[-8:]) for path in step_checkpoints(run_dir)}
     for path in filter(Path.is_file, run_dir.glob("best*.pt")):
         try:
@@ -244,7 +244,7 @@ class Run:
         return progress
 
     def _tidy(self, path: Path, content: dict) -> bool:
-        """Rename what is damaged: all that is newer than the restored `path`. Return whether the best starts again."""
+        """Rename what is damaged: all that is newer than the restored `path`; whether the best loss starts over."""
         for damaged in itertools.takewhile(lambda other: other != path, newest_first(self.directory)):
             set_aside(damaged, damaged.name + ".damaged")
         n_then, n_now = (min(cfg.get("eval_tokens") or math.inf, len(self.corpus.val))
@@ -262,7 +262,7 @@ class Run:
                 set_aside(best, "best.pt.damaged")
         starts_again = bool(problem and content["best_step"])
         if starts_again:
-            warn(f"{problem}: the best starts again")
+            warn(f"{problem}: the best loss starts over")
         return starts_again
 
     def save(self, trainer: Trainer, progress: Progress, name: str | None = None, required: bool = False) -> bool:
@@ -302,8 +302,8 @@ class Run:
             warn(f"cannot save {path}: {reason(error)}")
             if required:
                 how = f"--resume continues from {self.newest.name}" if self.newest else "start again: nothing is saved"
-                raise UserError(f"the last checkpoint could not be saved in {self.directory}: free some space, or what "
-                                f"else is wrong, then {how}") from None
+                raise UserError(f"the last checkpoint could not be saved in {self.directory}: free some space, or fix "
+                                f"whatever else is wrong, then {how}") from None
             return False
         steps = [] if is_best else [old for old in step_checkpoints(self.directory) if old <= path]
         for old in steps[: -self.cfg.keep_checkpoints]:

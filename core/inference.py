@@ -147,7 +147,7 @@ def choose_tokens(logits: Tensor, uniforms: Tensor, temperature: float = 1.0, to
 
 
 class Decoder:
-    """Decodes B rows of tokens, one for each row at a time, all from buffers that stay: a CUDA graph can do it."""
+    """Decodes B rows of tokens, one per row at a time, in fixed buffers, so that a CUDA graph can replay it."""
 
     def __init__(self, model: GPT, rows: int, static: bool, repetition_penalty: float = 1.0, **choice: float) -> None:
         """`static`: with a cache of constant size, and a graph if the model is on CUDA."""
@@ -173,7 +173,7 @@ class Decoder:
         return graph
 
     def start(self, idx: Tensor) -> None:
-        """Take the tokens idx, int64 (B, T), for those that the rows have had."""
+        """Record idx, int64 (B, T), as the tokens that the rows have had."""
         self.seen.zero_()
         self.note(idx)
 

@@ -1,4 +1,4 @@
-"""What there is, as tables: data sets, runs. Nothing is verified, so that it takes no time."""
+"""Tables of data sets and runs. Nothing is verified, so they are instant."""
 
 import time
 from collections.abc import Sequence

@@ -137,8 +137,8 @@ def read_metrics(path: Path, text: str) -> History:
 def read_nanogpt_log(path: Path, text: str) -> History:
     """The losses that nanoGPT's train.py has printed at its evaluations.
 
-    It prints the time of single iterations (of all with --log_interval=1), of which those that begin with an
-    evaluation do not tell how long they have trained: they count as long as the one before.
+    It prints the time of single iterations (of all with --log_interval=1), but those that begin with an
+    evaluation include its time: they count as long as the one before.
     """
     history, seconds, next_step, per_step, evaluates = History(path.stem), 0.0, 0, 0.0, False
     count, number = r"(\d{1,15})", r"(\d+\.\d+|nan|inf)"

@@ -168,7 +168,7 @@ def find_characters(path: Path, dataset: object, n: int, data_dir: str) -> tuple
         except UserError as error:
             problems += error.problems
     raise UserError(f"{path} was trained on {n} characters, which the meta.pkl of its data set ({dataset}) lists: copy "
-                    f"that beside the checkpoint; {'; '.join(problems)}")
+                    f"that file next to the checkpoint; {'; '.join(problems)}")
 
 
 class PlainUnpickler(pickle.Unpickler):

@@ -1,4 +1,4 @@
-"""What a run takes, said before it starts: memory, disk, steps, FLOP and, if measured, time (train_gpt2.py --plan)."""
+"""What a run will take, before it starts (train_gpt2.py --plan): memory, disk, steps, FLOP and, if measured, time."""
 
 import shutil
 from collections.abc import Sequence
@@ -59,7 +59,7 @@ def print_plan(argv: Sequence[str], processes: Processes = ALONE) -> int:
           f"{lines_on_length(run if has_length else cfg, model, processes.size)}", flush=True)
     if asked[-1] == "--plan=measure":
         print(measured(run, processes, vocab_size, libraries, expected, has_length) if fits else
-              "measured nothing: it does not fit")
+              "not measured: it does not fit")
     return 0
 
 
@@ -140,4 +140,4 @@ def measured(cfg: ResolvedConfig, processes: Processes, vocab_size: int, librari
     peak = (peak_memory(device) or 0) - traced
     length = f"; {duration(cfg.max_iters * seconds)} for {plural(cfg.max_iters, 'step')}" if has_length else ""
     return (f"measured {seconds:.3g} s a step, {cfg.sequences * cfg.block_size / seconds:,.0f} tok/s{length}, "
-            f"evaluations not included\n         peak {size(peak)}, {peak / expected:.0%} of the expected")
+            f"evaluations not included\n         peak {size(peak)}, {peak / expected:.0%} of the expected peak")

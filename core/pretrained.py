@@ -1,4 +1,4 @@
-"""Weights that were made elsewhere: published ones, directories in Hugging Face's layout, nanoGPT's checkpoints."""
+"""Weights from elsewhere: published ones, directories in Hugging Face's layout, nanoGPT's checkpoints."""
 
 from pathlib import Path
 

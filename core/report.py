@@ -133,8 +133,8 @@ class StepTimer:
         can_tell = n_threads > 1 and self.steps > 1 and self.seconds() > 0.5
         if can_tell and not self.shared_cores and self.cores() < SHARED_CORES * n_threads:
             self.shared_cores = True
-            warn(f"{n_threads} threads get {self.cores():.1f} cores: beside other programs OMP_NUM_THREADS="
-                 f"{max(1, int(self.cores()))} may be many times as fast (but changes the last bits of a run)")
+            warn(f"{n_threads} threads get {self.cores():.1f} cores: alongside other programs, OMP_NUM_THREADS="
+                 f"{max(1, int(self.cores()))} may make it many times as fast (but changes the last bits of a run)")
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -150,7 +150,7 @@ class Report:
     """Prints and logs a run; a context manager. Of several processes only the first one logs."""
 
     def __init__(self, run: Run, trainer: Trainer, progress: Progress, stop: StopSignals | None = None) -> None:
-        """A sample in the making ends when `stop` has received a signal."""
+        """A sample being generated ends when `stop` has received a signal."""
         self.run, self.cfg, self.corpus, self.trainer, self.progress = run, run.cfg, run.corpus, trainer, progress
         self.stop = stop
         self.log = Log(run.cfg)
@@ -210,7 +210,7 @@ class Report:
     def training(self, is_last: bool = False) -> None:
         """Print and log the mean loss over all micro-batches since the last progress line, with rates.
 
-        The run's last line may come early: to a longer run, which has no such line, its losses still are to be logged.
+        The run's last line may come early: a longer run has no such line, so its losses are kept for the next.
         """
         cfg, trainer, step = self.cfg, self.trainer, self.progress.step
         trainer.check_finite()

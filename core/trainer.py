@@ -126,7 +126,7 @@ class Trainer:
         """Remember `step` if it is the first with a non-finite loss or gradient.
 
         The gradient scaler finds its scale by infinite gradients and skips those updates itself, but a scale
-        below 1 is no longer found: no gradient is finite.
+        below 1 means that it will find none: no gradient is finite.
         """
         finite = self.grad_norm.isfinite()
         if self.scaler.is_enabled():

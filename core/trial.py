@@ -19,7 +19,7 @@ from lib.memory import LiveBytes, peak_memory
 from model import GPT, LARGE_VOCABULARY
 
 STEPS = 3
-RECORD = 600  # bytes of a checkpoint besides each tensor: names, sizes, padding
+RECORD = 600  # bytes of a checkpoint per tensor, on top of its data: names, sizes, padding
 
 
 @dataclass

@@ -206,7 +206,7 @@ def await_all(store: dist.Store, size: int) -> None:
             print("waiting for the other processes", file=sys.stderr, flush=True)
             told = True
         if time.monotonic() - start > JOIN_SECONDS:
-            raise UserError(f"only {store.add('came', 0)} of {size} processes have come within {JOIN_SECONDS} s: start "
+            raise UserError(f"only {store.add('came', 0)} of {size} processes joined within {JOIN_SECONDS} s: start "
                             f"torchrun on all machines, with the same address and port")
         time.sleep(0.02)
 

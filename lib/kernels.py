@@ -1,4 +1,4 @@
-"""Fast replacements of slow operations, each equivalent to the plain form that its docstring names."""
+"""Fast replacements for slow operations, each equivalent to the plain form that its docstring names."""
 
 import ctypes
 import math

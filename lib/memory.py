@@ -22,7 +22,7 @@ CUDA_BLOCK = 512  # torch rounds up to it
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all tensors made in its context on a device of type `kind`; under a FakeTensorMode none are.
 
-    `now`: of all that live; `highest`: with what their allocator takes besides, at the peak. A value read from a fake
+    `now`: of all that live; `highest`: including allocator overhead, at the peak. A value read from a fake
     tensor, which has none, is 1, or False.
     """
 
@@ -69,7 +69,7 @@ class LiveBytes(TorchDispatchMode):
         self.held -= size + self.holes(size)
 
     def holes(self, size: int) -> float:
-        """What the allocator needs besides for a short-lived block of `size` bytes."""
+        """What the allocator needs on top for a short-lived block of `size` bytes."""
         return HOLES * size if self.kind == "cpu" and size < LARGE else 0
 
 

@@ -1,4 +1,4 @@
-"""Muon in few operations, divided among processes: a fast replacement of torch.optim.Muon."""
+"""Muon in few operations, divided among processes: a fast replacement for torch.optim.Muon."""
 
 import math
 

@@ -1,6 +1,7 @@
 """What several test files share: scripts as processes, small models, checkpoints compared."""
 
 import os
+import re
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -122,6 +123,11 @@ def assert_equal_state(a, b):
         assert tensors[0].keys() == tensors[1].keys() and len(tensors[0]) > 0
         for name, value in tensors[0].items():
             assert torch.equal(value, tensors[1][name]), name
+
+
+def section(text, heading):
+    """The part of a Markdown text under `heading`."""
+    return re.split(r"^## ", text.split(heading + "\n")[1], maxsplit=1, flags=re.MULTILINE)[0]
 
 
 def newton_schulz(matrix):

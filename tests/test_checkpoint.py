@@ -417,7 +417,7 @@ def test_the_best_starts_again_when_losses_are_measured_otherwise(tmp_path, corp
     _, progress, _ = restore(corpus, config(tmp_path, resume=True, eval_tokens=100))
     assert (progress.best_val_loss, progress.best_step, progress.evals_without_better) == (None, None, 0)
     err = capsys.readouterr().err
-    assert f"losses over {n_val:,} and 100 validation tokens do not compare: the best starts again" in err
+    assert f"losses over {n_val:,} and 100 validation tokens do not compare: the best loss starts over" in err
     assert load_checkpoint(run_dir / "best.pt")["best_val_loss"] == 7.0  # as long as there is no other
     for _ in range(2):  # each keeps the one before
         cfg = config(tmp_path, resume=True, eval_tokens=100, keep_checkpoints=9)
@@ -444,7 +444,7 @@ def test_a_damaged_best_is_no_best(tmp_path, corpus, saved_run, capsys):
     trainer = Trainer(cfg, corpus.tokenizer.vocab_size)
     with Run(cfg, corpus) as run:
         progress = run.restore(trainer)
-        assert progress.best_step is None and "best.pt is damaged: the best starts again" in capsys.readouterr().err
+        assert progress.best_step is None and "best.pt is damaged: the best loss starts over" in capsys.readouterr().err
         assert progress.evaluated(9.0) and run.save(trainer, progress, "best.pt")
     assert load_checkpoint(run_dir / "best.pt")["best_step"] == 4 and (run_dir / "best.pt.damaged").exists()
     assert run.newest is None or run.newest == step_path(run_dir, 4)

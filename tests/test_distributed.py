@@ -115,8 +115,7 @@ def test_work_that_cannot_be_divided_is_refused(tmp_path, data_dir):
 def test_one_process_with_other_flags_is_refused(tmp_path, data_dir):
     run = SmallRun(tmp_path, data_dir, **DIVIDED)
     first, second = ended_early(run, 2, only={1: (["--seed=2"], {})})
-    assert first == ("error: process 1: its flags or config file are not the first process's: make them "
-                     "equal\n")
+    assert first == "error: process 1: its flags or config differ from the first process's: make them equal\n"
     assert second == "" and not run.run_dir.exists()
 
 

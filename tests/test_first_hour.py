@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ONE_THREAD, ROOT, assert_refused, scalars
+from helpers import ONE_THREAD, ROOT, assert_refused, scalars, section
 
 from core.corpus import pydoc_text, read_corpus
 
@@ -31,11 +31,6 @@ def copy(tmp_path):
     for name in ("core", "lib", "configs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path
-
-
-def section(text, heading):
-    """The part of a Markdown text under `heading`."""
-    return re.split(r"^## ", text.split(heading + "\n")[1], maxsplit=1, flags=re.MULTILINE)[0]
 
 
 def commands(text):
@@ -83,13 +78,13 @@ def test_your_own_text_in_three_lines(copy, request, text, tokenizer):
         (copy / "data").mkdir()
         (copy / "data/downloads").symlink_to(request.getfixturevalue("downloads"))
     text = text * 6
-    (copy / "mine.txt").write_text(text, encoding="utf-8", newline="")
+    (copy / "book.txt").write_text(text, encoding="utf-8", newline="")
     prepare, train, sample = own_text_lines()
     type_in(copy, prepare, "--tokenizer", tokenizer)
-    corpus = read_corpus(copy / "data/mine")
+    corpus = read_corpus(copy / "data/book")
     assert corpus.tokenizer.decode([*corpus.train, *corpus.val]) == text
-    assert "next:\n  python sample.py --ckpt checkpoints/mine/best.pt" in type_in(copy, train, *SMALL)
-    losses = scalars(copy / "runs/mine")["val/loss"]
+    assert "next:\n  python sample.py --ckpt checkpoints/book/best.pt" in type_in(copy, train, *SMALL)
+    losses = scalars(copy / "runs/book")["val/loss"]
     assert losses[12] < losses[6]
     written = type_in(copy, sample, "--max_new_tokens=50", "--prompt", text[:2])
     assert written.startswith(text[:2]) and len(written) > 20

@@ -100,7 +100,7 @@ def test_what_does_not_fit_is_planned_and_not_measured(tmp_path, tiny_args, caps
     assert train_gpt2.main([*tiny_args, "--batch_size=65536", "--n_embd=1024", "--plan=measure"]) == 0
     plan = capsys.readouterr().out
     assert "DOES NOT FIT: out of memory with 65536 x 32 tokens in a forward pass: lower batch_size" in plan
-    assert "measured nothing: it does not fit" in plan and list(tmp_path.iterdir()) == []
+    assert "not measured: it does not fit" in plan and list(tmp_path.iterdir()) == []
 
 
 def test_processes_share_the_micro_batches_and_exchange_gradients(tmp_path, tiny_args, capsys, monkeypatch):

@@ -4,7 +4,7 @@ import ast
 import re
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, section
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 STORY = ["train_gpt2.py", "model.py", *(f"core/{name}.py" for name in (
@@ -12,7 +12,7 @@ STORY = ["train_gpt2.py", "model.py", *(f"core/{name}.py" for name in (
 
 
 def test_every_config_has_its_row():
-    rows = set(re.findall(r"^\| `(\w+)\.py` \|", README.split("## Configs")[1], re.MULTILINE))
+    rows = set(re.findall(r"^\| `(\w+)\.py` \|", section(README, "## Configs and their results"), re.MULTILINE))
     assert rows == {path.stem for path in ROOT.glob("configs/*.py")}
 
 

@@ -266,8 +266,9 @@ def test_a_jump_of_the_learning_rate_is_announced(steps, capsys, changes, fields
 
 
 @pytest.mark.parametrize("n_threads, cpu_seconds, words", [
-    (2, 0.7, "2 threads get 1.4 cores: beside other programs OMP_NUM_THREADS=1 may"), (2, 0.8, None), (1, 0.3, None),
-    (8, 0.4, "8 threads get 3.2 cores: beside other programs OMP_NUM_THREADS=3 may"),
+    (2, 0.7, "2 threads get 1.4 cores: alongside other programs, OMP_NUM_THREADS=1 may"),
+    (2, 0.8, None), (1, 0.3, None),
+    (8, 0.4, "8 threads get 3.2 cores: alongside other programs, OMP_NUM_THREADS=3 may"),
 ])
 def test_threads_that_share_cores_are_warned_of(steps, capsys, monkeypatch, n_threads, cpu_seconds, words):
     clock = [0.0]
