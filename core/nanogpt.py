@@ -23,7 +23,7 @@ from core.huggingface import MASKS, MAX_PROBLEMS, VOCABULARY_ROWS
 from core.schema import is_number
 from core.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, tokenizer_from_state
 from lib.cli import UserError, describe, first_line, is_valid, plural
-from lib.files import atomic_write, link_anyhow, lock_directory, reason, sha256_of
+from lib.files import atomic_write, link_file, lock_directory, reason, sha256_of
 from model import GPT, GPTConfig
 
 GPT2_VOCABULARY = 50257
@@ -229,7 +229,7 @@ def take_over(source: Path, name: str, data_dir: str, overwrite: bool = False) -
             with atomic_write(directory / "meta.json") as [meta_file]:
                 before = write_meta(meta_file, tokenizer, splits, overwrite)
                 for file in () if directory.samefile(source) else bins.values():
-                    link_anyhow(file, directory / file.name)
+                    link_file(file, directory / file.name)
         except OSError as error:
             raise UserError(f"cannot write the data set {directory}: {reason(error)}") from None
     counts = ", ".join(f"{split} {splits[split]['tokens']:,} tokens" for split in SPLITS)

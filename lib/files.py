@@ -104,23 +104,17 @@ def put_in_place(temporary: Path, path: Path) -> None:
             raise
 
 
-def link_file(source: Path, path: Path) -> bool:
-    """Put a hard link to the file `source` at `path`, atomically; False, and nothing changes, where that fails."""
-    try:
-        with atomic_write(path) as [temporary]:
-            os.link(source, temporary)
-    except OSError:
-        return False
-    return True
-
-
-def link_anyhow(source: Path, path: Path) -> None:
+def link_file(source: Path, path: Path) -> None:
     """Put a hard link to the file `source` at `path`, or else a symbolic one, atomically. OSError if neither can be."""
     source = source.resolve()
-    if (path.exists() and path.samefile(source)) or link_file(source, path):
+    if path.exists() and path.samefile(source):
         return
     with atomic_write(path) as [temporary]:
-        temporary.symlink_to(source)
+        temporary.unlink(missing_ok=True)  # of a process that was killed
+        try:
+            os.link(source, temporary)
+        except OSError:
+            temporary.symlink_to(source)
 
 
 def copy_file(source: Path, path: Path) -> None:
