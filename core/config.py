@@ -41,7 +41,7 @@ class TrainConfig:
     stride: int | None = knob(None, "tokens between the starts of training windows; none: block_size", low=1)
     # model
     init_from: str | None = knob(None, "start from these weights and take their shape: gpt2, gpt2-medium, gpt2-large, "
-                                       "gpt2-xl, a directory in Hugging Face's layout or a checkpoint of nanoGPT; "
+                                       "gpt2-xl, a directory in Hugging Face's layout or a checkpoint, also nanoGPT's; "
                                        "none: random weights")
     n_layer: int = knob(4, "transformer blocks", low=1, below=10_000)
     n_head: int = knob(4, "attention heads", low=1, below=2**16)

@@ -1,18 +1,42 @@
-"""Weights from elsewhere: published ones, directories in Hugging Face's layout, nanoGPT's checkpoints."""
+"""Weights to start from: published ones, directories in Hugging Face's layout, nanoGPT's checkpoints and ours."""
 
+import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from core import huggingface, nanogpt
+from core.checkpoint import load_checkpoint
 from core.config import TrainConfig
-from core.tokenizer import Tokenizer
+from core.tokenizer import Tokenizer, tokenizer_from_state
 from lib.cli import UserError, nearest, plural
-from model import GPT
+from model import GPT, GPTConfig
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of this project that was found; its weights are yet to be read."""
+
+    path: Path
+    config: GPTConfig
+    tokenizer: Tokenizer
+
+    @property
+    def tokenizer_kind(self) -> str:
+        return self.tokenizer.kind
+
+    def load_tokenizer(self) -> Tokenizer:
+        return self.tokenizer
+
+    def load_state(self) -> dict[str, Tensor]:
+        """The weights, float32 on the CPU. UserError if the file is damaged."""
+        return load_checkpoint(self.path)["model_state_dict"]
+
 
 # A model that was found and is supported; its tokenizer and weights are yet to be read.
-Pretrained = huggingface.Pretrained | nanogpt.Pretrained
+Pretrained = huggingface.Pretrained | nanogpt.Pretrained | Checkpoint
 
 
 def find(name: str | Path, data_dir: str) -> Pretrained:
@@ -21,9 +45,16 @@ def find(name: str | Path, data_dir: str) -> Pretrained:
         return huggingface.find(name, data_dir)
     if nanogpt.is_checkpoint(name):
         return nanogpt.find(name, data_dir)
+    if os.path.isfile(name):
+        content = load_checkpoint(name, verify=False)
+        tokenizer = tokenizer_from_state(content["tokenizer"], name)
+        try:
+            return Checkpoint(Path(name), GPTConfig.of(content["config"], tokenizer.vocab_size), tokenizer)
+        except KeyError as error:
+            raise UserError(f"the config in {name} lacks {error}") from None
     published = huggingface.PUBLISHED
     raise UserError(f"{name} is neither one of {', '.join(published)}{nearest(str(name), published)}, nor a directory "
-                    f"in Hugging Face's layout (with config.json and {huggingface.WEIGHTS}), nor a nanoGPT checkpoint")
+                    f"in Hugging Face's layout (with config.json and {huggingface.WEIGHTS}), nor a checkpoint file")
 
 
 def load(weights: Pretrained) -> tuple[GPT, Tokenizer]:
@@ -43,7 +74,8 @@ def pretrained_weights(cfg: TrainConfig, tokenizer: Tokenizer) -> dict[str, Tens
     if tokenizer.vocabulary() != weights.load_tokenizer().vocabulary():
         raise UserError(vocabulary_message(cfg, weights))
     state = weights.load_state()
-    state["transformer.wpe.weight"] = state["transformer.wpe.weight"][: cfg.block_size]
+    if "transformer.wpe.weight" in state:
+        state["transformer.wpe.weight"] = state["transformer.wpe.weight"][: cfg.block_size]
     print(f"weights from {weights.path}")
     return state
 

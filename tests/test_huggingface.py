@@ -263,9 +263,11 @@ def test_malformed_tokenizers_are_refused(directory, model):
 
 def test_names_that_are_not_models_are_refused(tmp_path, directory):
     assert huggingface.is_model("gpt2-xl") and huggingface.is_model(directory) and not huggingface.is_model(tmp_path)
-    for name in (tmp_path, "nosuch", "a\0b", "x" * 5000, directory / "config.json"):
+    for name in (tmp_path, "nosuch", "a\0b", "x" * 5000):
         with pytest.raises(UserError, match="is neither one of gpt2, gpt2-medium"):
             load(name)
+    with pytest.raises(UserError, match=r"config\.json is damaged, or not a checkpoint"):
+        load(directory / "config.json")
     with pytest.raises(UserError, match=r"did you mean gpt2-large\?"):
         load("gpt-large")
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")

@@ -252,6 +252,44 @@ def test_resume_refuses_a_checkpoint_that_lacks_a_key(finished, train_here, tmp_
             in str(refused.value))
 
 
+@pytest.mark.parametrize("family", [[], ["--norm=rmsnorm", "--mlp=swiglu", "--pos=sinusoidal", "--bias=false"]],
+                         ids=["gpt2", "modern"])
+def test_a_run_starts_from_the_weights_of_another(train_here, tiny_args, family):
+    first = train_here(*family, "--max_iters=6", name="first").run_dir / "best.pt"
+    weights = load_checkpoint(first)["model_state_dict"]
+    no_shape = [flag for flag in tiny_args if flag.split("=")[0] not in ("--n_layer", "--n_head", "--n_embd",
+                                                                         "--block_size")]
+    args = [*no_shape, f"--init_from={first}", "--run_name=second", "--learning_rate=0", "--block_size=24"]
+    assert train_gpt2.main([*args, "--max_iters=1"]) == 0
+    second = load_checkpoint(step_checkpoints(first.parent.parent / "second")[-1])
+    assert second["config"]["n_embd"] == 32 and second["config"]["block_size"] == 24
+    for name, value in second["model_state_dict"].items():
+        assert torch.equal(value, weights[name][: len(value)]), name  # learned positions are cut
+    first.unlink()  # a run that resumes needs only its own checkpoints
+    assert train_gpt2.main([*args, "--max_iters=2", "--resume"]) == 0
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda content: content["config"].pop("n_head"), "the config in .*best.pt lacks 'n_head'"),
+    (lambda content: content["tokenizer"].pop("itos"), "the tokenizer in .*best.pt is damaged"),
+    (lambda content: content.pop("step"), "best.pt is not a whole checkpoint of this project: step missing"),
+    (lambda content: content["config"].update(n_head=3), "best.pt is not a whole checkpoint .* n_embd=32 is not divis"),
+    (None, "checkpoint .*best.pt is damaged, or not a checkpoint"),
+])
+def test_weights_of_a_damaged_checkpoint_are_refused(finished, train_here, tmp_path, change, words):
+    path = tmp_path / "best.pt"
+    shutil.copy(finished[0] / "checkpoints/tiny/best.pt", path)
+    if change:
+        content = torch.load(path, weights_only=True)
+        change(content)
+        torch.save(content, path)
+    else:
+        path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(UserError, match=words):
+        train_here(f"--init_from={path}", name="second")
+    assert not (tmp_path / "checkpoints").exists()
+
+
 @pytest.mark.parametrize("grad_clip", [0, 1])
 def test_divergence_ends_with_3(train_here, grad_clip):
     ended = train_here("--learning_rate=1e38", f"--grad_clip={grad_clip}", "--eval_interval=1", "--log_interval=1",
