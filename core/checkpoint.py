@@ -24,6 +24,7 @@ from lib.cli import UserError, first_line, warn
 from lib.device import is_out_of_memory
 from lib.distributed import ALONE, Processes
 from lib.files import atomic_write, copy_file, lock_directory, reason, remove_temporaries, set_aside
+from lib.memory import release_freed
 
 LAUNCH = ".launch"  # file in a run directory that names the launch which trains there
 STEP_PATTERN = "step_" + "[0-9]" * 8 + ".pt"
@@ -241,6 +242,8 @@ class Run:
         if self.processes.lead(lambda: self._tidy(path, content)):
             progress.best_val_loss, progress.best_step, progress.evals_without_better = None, None, 0
         self.has_best = progress.best_step is not None
+        content.clear()  # the weights in it have been copied: resuming takes no more memory than starting
+        release_freed()
         return progress
 
     def _tidy(self, path: Path, content: dict) -> bool:

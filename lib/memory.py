@@ -1,5 +1,7 @@
-"""Memory of a computation: counted without allocating any, and measured."""
+"""Memory of a computation: counted without allocating any, measured, and given back."""
 
+import ctypes
+import platform
 import sys
 import weakref
 from pathlib import Path
@@ -71,6 +73,12 @@ class LiveBytes(TorchDispatchMode):
     def holes(self, size: int) -> float:
         """What the allocator needs on top for a short-lived block of `size` bytes."""
         return HOLES * size if self.kind == "cpu" and size < LARGE else 0
+
+
+def release_freed() -> None:
+    """Give the system back what is free on the heap, where lib/kernels.py lets glibc keep it."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_memory(device: torch.device) -> int | None:
