@@ -206,7 +206,7 @@ class GPT(nn.Module):
             self.lm_head.weight = self.transformer.wte.weight
 
     def _init_weights(self, module: nn.Module) -> None:
-        """GPT-2's initialisation: N(0, 0.02), and N(0, 0.02 / sqrt(2 n_layer)) into the residual stream."""
+        """GPT-2's initialization: N(0, 0.02), and N(0, 0.02 / sqrt(2 n_layer)) into the residual stream."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
@@ -232,7 +232,7 @@ class GPT(nn.Module):
         return logits, loss
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Final normalised states (B, T, C) of tokens idx, int64 (B, T), which follow those in the cache.
+        """Final normalized states (B, T, C) of tokens idx, int64 (B, T), which follow those in the cache.
 
         ValueError for more than block_size tokens.
         """

@@ -249,7 +249,7 @@ def parse_args(argv: list[str]) -> Namespace:
     parser.add_argument("--min_p", type=number(float, low=0, high=1), default=0.0,
                         help="keep tokens at least this fraction as likely as the most likely; 0: off (default 0)")
     parser.add_argument("--repetition_penalty", type=number(float, low=0.01, high=100), default=1.0,
-                        help="above 1: penalise tokens already in the text (default 1)")
+                        help="above 1: penalize tokens already in the text (default 1)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT",
                         help="stop just before the given string, even if it spans several tokens; "
                              "repeatable (bash: $'\\n' is a line break)")

@@ -49,7 +49,7 @@ class TrainConfig:
     block_size: int = knob(128, "context length", low=1, below=2**24)
     dropout: float = knob(0.0, "dropout probability", low=0, below=1)
     bias: bool = knob(True, "biases in linear layers and LayerNorm")
-    norm: str = knob("layernorm", "normalisation", choices=KINDS["norm"])
+    norm: str = knob("layernorm", "normalization", choices=KINDS["norm"])
     mlp: str = knob("gelu", "feed-forward network", choices=KINDS["mlp"])
     pos: str = knob("learned", "positions", choices=KINDS["pos"])
     tie_weights: bool = knob(True, "share the token embedding with the output layer")
@@ -86,7 +86,7 @@ class TrainConfig:
     out_dir: str = knob("checkpoints", "directory for checkpoints")
     log_dir: str = knob("runs", "directory for TensorBoard events")
     resume: bool = knob(False, "continue from the run's newest checkpoint")
-    seed: int = knob(1337, "seed for initialisation, data order and dropout", low=0, below=2**32)
+    seed: int = knob(1337, "seed for initialization, data order and dropout", low=0, below=2**32)
     # machine
     device: str = knob("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = knob("auto", "dtype of the forward pass",

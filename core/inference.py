@@ -108,7 +108,7 @@ def window_start(n: int, block_size: int) -> int:
     return half * max(0, -(-(n - block_size) // half))
 
 
-def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Logits (B, V) where those of tokens `seen`, bool (B, V), are divided by `penalty` if positive, else multiplied.
 
     A penalty > 1 makes these tokens less likely (CTRL, Keskar et al. 2019).
@@ -184,7 +184,7 @@ class Decoder:
     def choose(self, logits: Tensor) -> None:
         """Choose the next tokens by logits (B, V)."""
         if self.repetition_penalty != 1:
-            logits = penalise(logits, self.seen, self.repetition_penalty)
+            logits = penalize(logits, self.seen, self.repetition_penalty)
         self.tokens.copy_(choose_tokens(logits, self.uniforms, **self.choice)[:, None])
         self.note(self.tokens)
 
@@ -212,7 +212,7 @@ def stream(model: GPT, idx: Tensor, max_new_tokens: int, num_samples: int = 1, s
     """Continue tokens idx, int64 (n, T >= 1), num_samples times each: yield the next int64 (n * num_samples,).
 
     What row i draws depends on seed + i alone: on a CPU it is what that seed gives by itself, bit for bit; on a GPU
-    products of more rows may round differently. `choice`: repetition_penalty, see `penalise`, and the options of
+    products of more rows may round differently. `choice`: repetition_penalty, see `penalize`, and the options of
     `choose_tokens`; the end of the context: see `window_start`.
     """
     was_training = model.training
@@ -249,7 +249,7 @@ class CenteredHead(nn.Module):
 
     That is the mean embedding's part, which no softmax sees; bfloat16's steps at GPT-2's -100 are 0.5. On 124M with
     such logits (bfloat16, CPU): KL divergence from float32 6e-4 instead of 1.1e-2 nats, argmax changed
-    for 4 % of tokens instead of 15 %, and the same time per token (within 1 %).
+    for 4% of tokens instead of 15%, and the same time per token (within 1%).
     """
 
     def __init__(self, linear: nn.Linear, vocab_size: int) -> None:

@@ -23,7 +23,7 @@ class Diverged(Exception):
 
 
 class Trainer:
-    """A GPT initialised from cfg.seed, with its optimizer and gradient scaler; the same in all processes."""
+    """A GPT initialized from cfg.seed, with its optimizer and gradient scaler; the same in all processes."""
 
     def __init__(self, cfg: ResolvedConfig, vocab_size: int, processes: Processes = ALONE) -> None:
         self.cfg, self.processes = cfg, processes

@@ -1,4 +1,4 @@
-"""Crashes, signals, damage, full disks, non-finite numbers and double starts: `python -m pytest -m chaos -s`.
+"""Crashes, signals, damage, full disks, non-finite numbers and double starts: `python -m pytest -m chaos -n 0 -s`.
 
 Each test prints the number that the README's table gives.
 """

@@ -1,6 +1,6 @@
 """Nonsense: whatever is fed in, the outcome is a value or a UserError that names the file or the field.
 
-`python -m pytest -m chaos -s` prints the numbers that the README's table gives.
+`python -m pytest -m chaos -n 0 -s` prints the numbers that the README's table gives.
 """
 
 import collections

@@ -1,4 +1,4 @@
-"""Several processes that are killed, fail and are stopped: `python -m pytest -m chaos -s`."""
+"""Several processes that are killed, fail and are stopped: `python -m pytest -m chaos -n 0 -s`."""
 
 import os
 import random

@@ -135,7 +135,7 @@ def test_saving_prunes_to_the_newest_and_keeps_the_best(tmp_path, corpus):
         ".lock", "best.pt", "step_00000100.pt", "step_99999999.pt"}
 
 
-def test_a_step_that_is_also_the_best_is_serialised_once(tmp_path, corpus, monkeypatch):
+def test_a_step_that_is_also_the_best_is_serialized_once(tmp_path, corpus, monkeypatch):
     writes = []
     monkeypatch.setattr(torch, "save", lambda *args, save=torch.save: writes.append(args) or save(*args))
     cfg = config(tmp_path)

@@ -303,7 +303,7 @@ def test_graph_decoding_equals_eager(pos, dtype):
     model = GPT(GPTConfig(vocab_size=50, block_size=32, n_layer=2, n_head=2, n_embd=64, pos=pos))
     with torch.no_grad():
         for p in model.parameters():
-            p.mul_(3)  # near initialisation a text soon repeats itself
+            p.mul_(3)  # near initialization a text soon repeats itself
     prepare_for_inference(model, torch.device("cuda"), dtype)
     idx = torch.randint(50, (1, 7), device="cuda")
     for rows in (1, 3):

@@ -37,7 +37,7 @@ def test_greedy_text_with_cache_equals_without(family, pos):
     model = make_model(family, pos=pos, block_size=64)
     with torch.no_grad():
         for p in model.parameters():
-            p.mul_(3)  # near initialisation a text soon repeats itself
+            p.mul_(3)  # near initialization a text soon repeats itself
     idx = torch.randint(50, (2, 7))
     expected = without_cache(model, idx, 600)
     assert len(expected[0].unique()) > 5

@@ -93,7 +93,7 @@ def test_sinusoidal_table():
         assert abs(table[t, 2 * i + 1] - math.cos(t / 10000 ** (2 * i / 6))) < 1e-6
 
 
-def test_initialisation_is_gpt2s():
+def test_initialization_is_gpt2s():
     model = make_model(n_embd=256, n_layer=8, vocab_size=500)
     for name, p in model.named_parameters():
         if name.endswith("bias"):

@@ -28,7 +28,7 @@ def runs(tmp_path_factory, tiny_args):
 
 
 def drawn(*paths):
-    """[{(colour, line style): [(x, y)]}] of steps and of seconds, and the legend's entries."""
+    """[{(color, line style): [(x, y)]}] of steps and of seconds, and the legend's entries."""
     figure = figures.Figure()
     plot_runs.draw_losses(figure, [read_history(path) for path in paths])
     curves = [{(line.get_color(), line.get_linestyle()): list(zip(*line.get_data())) for line in ax.lines
