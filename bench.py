@@ -24,7 +24,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.config import MAX_STEPS, Problems, ResolvedConfig, Values, file_values, read_command_line, resolve
+from core.config import (
+    MAX_STEPS,
+    Problems,
+    ResolvedConfig,
+    Values,
+    default_run_name,
+    file_values,
+    read_command_line,
+    resolve,
+)
 from core.corpus import SPLITS, Corpus, open_corpus, write_corpus
 from core.dataset import Batch, TokenDataset, batches
 from core.inference import generate, make_cache, prepare_for_inference
@@ -455,7 +464,7 @@ def read_run(argv: list[str]) -> tuple[Values, Problems, bool]:
             raise UserError(f"{name} is neither a config file nor one of {', '.join(GPT2_SIZES)}"
                             f"{nearest(name, GPT2_SIZES)}")
         values, more = file_values(name, values)
-        return values, problems + more, False
+        return {"run_name": default_run_name(name, values)} | values, problems + more, False
     return GPT2_SIZES[name] | {"block_size": 1024, "run_name": name} | values, problems, "dataset" not in values
 
 

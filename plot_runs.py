@@ -47,7 +47,7 @@ def settings_of(histories: Sequence[History]) -> dict[str, list[History]]:
     for history in histories:
         same = (group for group in groups if None not in (history.config, group[0].config)
                 and {**history.config, "seed": 0} == {**group[0].config, "seed": 0}
-                and history.config["seed"] not in [other.config["seed"] for other in group])
+                and history.config.get("seed") not in [other.config.get("seed") for other in group])
         group = next(same, None)
         if group is None:
             groups.append(group := [])

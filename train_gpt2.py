@@ -132,13 +132,13 @@ def train_model(config_path: str | Path | None = None, data_path: str | Path | N
     draft, invalid = build_config(values, unknown=SHAPE)
     if data_path and (problems or invalid):
         raise UserError(*problems, *invalid)
-    if not (is_named or problems or invalid):
+    if not is_named and draft.run_name:
         values["run_name"] = free_run_name(draft)
+    if save_path and not (problems or invalid):
+        check_writable(Path(save_path))
     if data_path:
         prepare_text(read_text(data_path), draft.dataset, tokenizer_kind, draft.data_dir)
     cfg = check_run(values, problems)
-    if save_path:
-        check_writable(Path(save_path))
     trained = train(cfg)
     if save_path and trained.checkpoint:  # it may have been stopped before the first step
         try:

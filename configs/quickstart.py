@@ -16,15 +16,15 @@ pos = "rope"
 bias = False
 
 batch_size = 16
-max_iters = 900
+max_iters = 1450
 stride = 32
 optimizer = "muon"
-learning_rate = 0.01
+learning_rate = 0.015
 lr_schedule = "linear"
 min_lr = 0.0
 warmup_iters = 10
-weight_decay = 0.1
+weight_decay = 0.4
 beta2 = 0.95
 
-eval_interval = 300
-checkpoint_interval = 300
+eval_interval = 290
+checkpoint_interval = 290

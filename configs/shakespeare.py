@@ -9,13 +9,13 @@ n_embd = 128
 block_size = 128
 dropout = 0.2
 
-batch_size = 16
-max_iters = 700
+batch_size = 8
+max_iters = 1450
 learning_rate = 2e-3
+lr_schedule = "linear"
+min_lr = 0.0
 warmup_iters = 50
-weight_decay = 0.1
+weight_decay = 0.3
 
-eval_interval = 100
-checkpoint_interval = 100
-log_interval = 20
-patience = 3
+eval_interval = 290
+checkpoint_interval = 290

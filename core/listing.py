@@ -43,7 +43,8 @@ def dataset_row(directory: Path) -> tuple[str, ...]:
 
 def runs_table(out_dir: str | Path) -> str:
     """The runs under out_dir, the one written last first. UserError if there are none."""
-    directories = {path.parent for path in Path(out_dir).glob("*/*.pt") if path.is_file()}
+    files = (*Path(out_dir).glob("*/*.pt"), *Path(out_dir).glob("*.pt"))  # out_dir may be a run itself
+    directories = {path.parent for path in files if path.is_file()}
     rows = [row for _, row in sorted(filter(None, map(run_row, directories)), reverse=True)]
     if not rows:
         raise UserError(f"no runs in {out_dir}: train first (python train_gpt2.py configs/quickstart.py), or give "

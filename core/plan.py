@@ -12,6 +12,7 @@ from core.corpus import CORPORA, read_meta
 from core.dataset import TokenDataset
 from core.preflight import check_memory, check_run
 from core.report import duration, limits, out_of_memory_message
+from core.runs import peek
 from core.trial import Memory, measure, memory_of_libraries, trace
 from lib.cli import UserError, plural
 from lib.device import device_name, dtype_name, out_of_memory_as, peak_flops, total_memory
@@ -45,6 +46,8 @@ def print_plan(argv: Sequence[str], processes: Processes = ALONE) -> int:
     run = resolve(cfg, len(TokenDataset(np.broadcast_to(np.uint16(0), n_tokens["train"]), cfg.block_size, cfg.stride))
                   if n_tokens else 1)
     has_length = bool(n_tokens or (cfg.max_iters and not cfg.epochs))
+    path, saved = peek(cfg.run_dir) if cfg.resume else (None, None)
+    n_steps = max(0, run.max_iters - (saved["step"] if saved else 0))
     libraries, device = memory_of_libraries(run, vocab_size), torch.device(cfg.device)
     memory, model = trace(run, vocab_size, processes.size)
     data = data_bytes(run, n_tokens) if n_tokens and device.type == "cpu" else 0
@@ -56,10 +59,13 @@ def print_plan(argv: Sequence[str], processes: Processes = ALONE) -> int:
           f"peak     expected {size(expected)} a process; "
           f"{cfg.device} has {size(available) if available else 'an unknown amount'}"
           f"{'' if fits else f'. DOES NOT FIT: {out_of_memory_message(cfg)}'}\n{line_on_disk(run, memory)}\n"
-          f"{lines_on_length(run if has_length else cfg, model, processes.size)}", flush=True)
+          f"{line_on_step(cfg, model, processes.size)}", flush=True)
+    print(line_on_length(run, model, n_steps, path) if has_length else f"length   known once {cfg.dataset} is prepared")
     if asked[-1] == "--plan=measure":
-        print(measured(run, processes, vocab_size, libraries, expected, has_length) if fits else
+        print(measured(run, processes, vocab_size, libraries, expected, n_steps if has_length else 0) if fits else
               "not measured: it does not fit")
+    elif has_length:
+        print(line_on_time(run, model, n_steps, processes.size))
     return 0
 
 
@@ -110,34 +116,42 @@ def line_on_disk(cfg: ResolvedConfig, memory: Memory) -> str:
             f"best.pt and one being written; {size(free)} free{'. NOT ENOUGH' if needed > free else ''}")
 
 
-def lines_on_length(cfg: TrainConfig, model: GPT, n_processes: int) -> str:
-    """The lines on tokens, FLOP and what processes exchange; on steps and time only of a ResolvedConfig."""
+def line_on_step(cfg: TrainConfig, model: GPT, n_processes: int) -> str:
+    """The line on a step's tokens and FLOP, and on what processes exchange."""
     tokens = cfg.sequences * cfg.block_size
-    flop, peak = tokens * model.flops_per_token(), peak_flops(torch.device(cfg.device))
-    step = (f"step     {cfg.gradient_accumulation_steps} x {plural(cfg.batch_size, 'sequence')} = "
-            f"{plural(tokens, 'token')}, "
-            f"{flop:.3g} FLOP")
-    if n_processes > 1:
-        step += f"; each process exchanges gradients of {size((8 if cfg.exact_sum else 4) * n_parameters(model))}"
-    if not isinstance(cfg, ResolvedConfig):
-        return f"{step}\nlength   known once {cfg.dataset} is prepared"
-    time = "unknown; --plan=measure measures it"
-    if peak:
-        time = (f"{duration(cfg.max_iters * flop / (peak * n_processes * MFU))} at an assumed {MFU:.0%} of "
-                f"{peak / 1e12:.0f} TFLOP/s a card, evaluations not included")
-    return (f"{step}\nlength   {plural(cfg.max_iters, 'step')}{limits(cfg)} = "
-            f"{plural(cfg.max_iters * tokens, 'token')}, {cfg.max_iters * flop:.3g} FLOP\ntime     {time}")
+    exchange = f"; each process exchanges gradients of {size((8 if cfg.exact_sum else 4) * n_parameters(model))}"
+    return (f"step     {cfg.gradient_accumulation_steps} x {plural(cfg.batch_size, 'sequence')} = "
+            f"{plural(tokens, 'token')}, {tokens * model.flops_per_token():.3g} FLOP"
+            f"{exchange if n_processes > 1 else ''}")
+
+
+def line_on_length(cfg: ResolvedConfig, model: GPT, n_steps: int, checkpoint: Path | None) -> str:
+    """The line on the n_steps steps that are left after `checkpoint`, if there is one."""
+    tokens = n_steps * cfg.sequences * cfg.block_size
+    of_all = f" left of {cfg.max_iters:,} after {checkpoint}" if checkpoint else ""
+    return (f"length   {plural(n_steps, 'step')}{of_all}{limits(cfg)} = {plural(tokens, 'token')}, "
+            f"{tokens * model.flops_per_token():.3g} FLOP")
+
+
+def line_on_time(cfg: ResolvedConfig, model: GPT, n_steps: int, n_processes: int) -> str:
+    """The line on the time of n_steps steps, as far as it can be known without trying."""
+    peak = peak_flops(torch.device(cfg.device))
+    if not peak:
+        return "time     unknown; --plan=measure measures it"
+    flop = n_steps * cfg.sequences * cfg.block_size * model.flops_per_token()
+    return (f"time     {duration(flop / (peak * n_processes * MFU))} at an assumed {MFU:.0%} of {peak / 1e12:.0f} "
+            f"TFLOP/s a card, evaluations not included")
 
 
 def measured(cfg: ResolvedConfig, processes: Processes, vocab_size: int, libraries: int, expected: int,
-             has_length: bool) -> str:
-    """The lines on speed and memory of a trial with `cfg`. UserError if memory runs out."""
+             n_steps: int) -> str:
+    """The lines on speed, also that of n_steps, and memory of a trial with `cfg`. UserError if memory runs out."""
     device = torch.device(cfg.device)
     # On a CPU the trace, which no run does, has taken some memory, too.
     traced = (peak_memory(device) or 0) - libraries if device.type == "cpu" else 0
     with out_of_memory_as(out_of_memory_message(cfg)):
         seconds = measure(cfg, vocab_size, processes)
     peak = (peak_memory(device) or 0) - traced
-    length = f"; {duration(cfg.max_iters * seconds)} for {plural(cfg.max_iters, 'step')}" if has_length else ""
+    length = f"; {duration(n_steps * seconds)} for {plural(n_steps, 'step')}" if n_steps else ""
     return (f"measured {seconds:.3g} s a step, {cfg.sequences * cfg.block_size / seconds:,.0f} tok/s{length}, "
             f"evaluations not included\n         peak {size(peak)}, {peak / expected:.0%} of the expected peak")

@@ -14,6 +14,7 @@ from core.config import SHAPE, Problems, TrainConfig, Values, build_config, chec
 from core.corpus import CORPORA, fingerprint_of, read_meta
 from core.runs import is_restart, peek
 from core.schema import STATE_FIELDS, check_same_data, check_same_model
+from core.tokenizer import tokenizer_from_state
 from lib.cli import UserError, nearest, plural
 from lib.device import choose_device, choose_dtype, dtype_name, total_memory
 from lib.distributed import ALONE, Processes
@@ -159,6 +160,9 @@ def check_data(cfg: TrainConfig, path: Path | None, saved: dict | None,
                         f"prepare_data.py creates others")
     if weights and (kind != weights.tokenizer_kind or vocab_size not in (None, weights.config.vocab_size)):
         raise UserError(pretrained.vocabulary_message(cfg, weights))
+    if weights and kind == "char" and vocab_size:  # GPT-2's may have to be downloaded first
+        tokenizer = tokenizer_from_state(meta["tokenizer"], directory / "meta.json")
+        pretrained.check_vocabulary(cfg, weights, tokenizer)
 
 
 def check_length(cfg: TrainConfig, n_tokens: int) -> None:

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from core import huggingface, nanogpt
-from core.checkpoint import load_checkpoint
+from core.checkpoint import load_checkpoint, newest_first
 from core.config import TrainConfig
 from core.tokenizer import Tokenizer, tokenizer_from_state
 from lib.cli import UserError, nearest, plural
 from model import GPT, GPTConfig
+
+MAX_NAMED = 5  # different tokens in a message
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,9 @@ def find(name: str | Path, data_dir: str) -> Pretrained:
             return Checkpoint(Path(name), GPTConfig.of(content["config"], tokenizer.vocab_size), tokenizer)
         except KeyError as error:
             raise UserError(f"the config in {name} lacks {error}") from None
-    published = huggingface.PUBLISHED
+    published, files = huggingface.PUBLISHED, newest_first(Path(name)) if os.path.isdir(name) else []
+    if files:
+        raise UserError(f"{name} is the directory of a run: give one of its checkpoints, such as {files[0]}")
     raise UserError(f"{name} is neither one of {', '.join(published)}{nearest(str(name), published)}, nor a directory "
                     f"in Hugging Face's layout (with config.json and {huggingface.WEIGHTS}), nor a checkpoint file")
 
@@ -71,13 +75,21 @@ def load(weights: Pretrained) -> tuple[GPT, Tokenizer]:
 def pretrained_weights(cfg: TrainConfig, tokenizer: Tokenizer) -> dict[str, Tensor]:
     """The weights of init_from, cut to block_size positions. UserError if the vocabularies differ."""
     weights = find(cfg.init_from, cfg.data_dir)
-    if tokenizer.vocabulary() != weights.load_tokenizer().vocabulary():
-        raise UserError(vocabulary_message(cfg, weights))
+    check_vocabulary(cfg, weights, tokenizer)
     state = weights.load_state()
     if "transformer.wpe.weight" in state:
         state["transformer.wpe.weight"] = state["transformer.wpe.weight"][: cfg.block_size]
     print(f"weights from {weights.path}")
     return state
+
+
+def check_vocabulary(cfg: TrainConfig, weights: Pretrained, tokenizer: Tokenizer) -> None:
+    """UserError if `tokenizer`, that of cfg.dataset, has not the weights' vocabulary; it names what differs."""
+    ours, theirs = tokenizer.vocabulary(), weights.load_tokenizer().vocabulary()
+    if ours != theirs:
+        different = sorted(ours.keys() ^ theirs.keys())
+        named = f"; only one of them has {', '.join(map(repr, different[:MAX_NAMED]))}" if different else ""
+        raise UserError(f"{vocabulary_message(cfg, weights)}{named}")
 
 
 def vocabulary_message(cfg: TrainConfig, weights: Pretrained) -> str:

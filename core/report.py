@@ -95,6 +95,16 @@ def jump_in_learning_rate(run: Run, step: int) -> str:
             f"resume with {flags}\n")
 
 
+def change_of_epochs(run: Run) -> str:
+    """A line that says how the epochs move if a step has another number of sequences than before; '' if it has not."""
+    then = {name: value for name, value, _ in run.changes if name in ("batch_size", "gradient_accumulation_steps")}
+    former = dataclasses.replace(run.cfg, **then).sequences
+    if former == run.cfg.sequences:
+        return ""
+    return (f"a step has {plural(run.cfg.sequences, 'sequence')} and had {former:,}: epochs are counted as if it had "
+            f"always been {run.cfg.sequences:,}\n")
+
+
 class StepTimer:
     """Time of the steps, excluding pauses: since the last restart, and in total."""
 
@@ -174,12 +184,16 @@ class Report:
             print(f"resumed from {run.newest} at step {self.progress.step}")
             for name, then, now in run.changes:
                 print(f"changed since the checkpoint: {name} {then} -> {now}")
+            print(end=change_of_epochs(run))
             print(end=jump_in_learning_rate(run, self.progress.step))
         elif cfg.resume:
             print(f"no checkpoint in {run.directory}: starting at step 0")
         if trainer.compile_error:
             warn(f"torch.compile failed, continuing without it: {trainer.compile_error}")
         print(start_table(run, trainer, self.log.directory), flush=True)
+        if 1 < cfg.max_iters <= cfg.warmup_iters:
+            print(f"warmup_iters={cfg.warmup_iters} lasts as long as the run: the learning rate only rises, to "
+                  f"{learning_rate_at(cfg.max_iters - 1, cfg):.2e}")
         if self.progress.finished(cfg):
             print("nothing to do: the run is finished; raise --max_iters, --epochs or --patience to continue")
 
@@ -277,6 +291,8 @@ class Report:
             return
         early = f" (early: {plural(progress.evals_without_better, 'evaluation')} without a better loss)"
         best, path = "never evaluated", run.directory
+        if progress.val_loss is not None:  # before eval_tokens was changed
+            best = "not evaluated since eval_tokens was changed"
         if progress.best_step:
             best = f"best val loss {progress.best_val_loss:.4f} at step {progress.best_step}"
             path = run.directory / "best.pt" if (run.directory / "best.pt").exists() else run.directory

@@ -104,6 +104,12 @@ def test_table(tiny_args, peer, capsys):
     assert re.fullmatch(r"[\d.]+ \([\d.]+ to [\d.]+\)", rows["step, peer's time / ours"][0])
 
 
+def test_the_table_is_named_after_the_config():
+    for argv, name in ((["configs/quickstart.py"], "quickstart"), (["--dataset=mine"], "mine"), (["gpt2"], "gpt2"),
+                       (["gpt2", "--run_name=x"], "x")):
+        assert bench.read_run(argv)[0]["run_name"] == name
+
+
 def test_gpt2_size_on_random_tokens(capsys):
     assert bench.main(["gpt2", "--n_layer=1", "--n_head=1", "--n_embd=8", "--block_size=16", "--batch_size=1",
                        "--steps=1", "--warmup=2", "--decode_tokens=0", "--device=cpu", "--dtype=float32"]) == 0

@@ -65,6 +65,8 @@ def test_runs(tmp_path, tiny_args):
     assert old[:2] == ["old", "1 of 1"] and old[3:] == ["tiny", "2 hours ago"]
     assert lost[:4] == ["lost", "-", "-", "-"] and "lost/best.pt is damaged" in lost[-1]
     assert_refused(run("sample.py", "--list", "--ckpt", "data", cwd=tmp_path), "no runs in data: train first")
+    one = run("sample.py", "--list", "--ckpt", "checkpoints/old", cwd=tmp_path)
+    assert cells(one.stdout.splitlines()[1])[:2] == old[:2], one.stderr
 
 
 def test_weights_are_not_read(tmp_path):

@@ -84,6 +84,11 @@ def test_a_plan_agrees_with_what_a_run_leaves(tmp_path, tiny_args, monkeypatch, 
     capsys.readouterr()
     assert train_gpt2.main([*tiny_args, "--plan"]) == 0  # its directory has checkpoints by now
     assert capsys.readouterr().out.splitlines()[1:3] == plan.splitlines()[1:3]
+    assert "time     unknown" not in plan
+    assert train_gpt2.main([*tiny_args, "--max_iters=20", "--resume", "--plan"]) == 0
+    plan = capsys.readouterr().out
+    assert "length   8 steps left of 20 after checkpoints/tiny/step_00000012.pt = 1,024 tokens" in plan
+    assert "\ntime     unknown; --plan=measure measures it\n" in plan
 
 
 def test_the_first_run(tmp_path):

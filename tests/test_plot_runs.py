@@ -71,6 +71,11 @@ def test_runs_of_one_seed_stay_apart(runs, tmp_path):
     """As of a code that was changed in between."""
     shutil.copytree(runs / "tiny-1", tmp_path / "changed")
     assert drawn(runs / "tiny-1", tmp_path / "changed")[3][:2] == ["tiny-1", "changed"]
+    for name in ("a", "b"):  # edited by hand
+        shutil.copytree(runs / "tiny-1", tmp_path / name)
+        path = tmp_path / name / "metrics.jsonl"
+        path.write_text(path.read_text().replace('"seed"', '"sead"'))
+    assert drawn(tmp_path / "a", tmp_path / "b")[3][:2] == ["a", "b"]
     with pytest.raises(UserError, match="given twice"):
         plot_runs.main([str(runs / "tiny-1"), f"{runs}/../runs/tiny-1", f"--out={tmp_path}/x.png"])
 

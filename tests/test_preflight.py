@@ -274,11 +274,17 @@ def test_ids_that_do_not_fit_are_refused_by_the_run(prepared):
     assert not (prepared / "checkpoints").exists() and not (prepared / "runs").exists()
 
 
-def test_another_character_vocabulary_is_refused_by_the_run(prepared):
+def test_weights_of_other_characters_are_refused(prepared):
     write_weights(prepared / "w")
     path = prepared / "w/tokenizer.json"
     path.write_text(path.read_text().replace('"q"', '"Q"'))
     assert huggingface.find("w", "data").tokenizer_kind == "char"
-    with pytest.raises(UserError, match="does not have the vocabulary of init_from=w"):
-        train_gpt2.main(["--dataset=fox", "--init_from=w", "--device=cpu"])
-    assert list((prepared / "checkpoints/fox").glob("*.pt")) == []
+    for plan in ([], ["--plan"]):
+        with pytest.raises(UserError, match=r"not have the vocabulary of init_from=w .*only one of them has 'Q', 'q'"):
+            train_gpt2.main(["--dataset=fox", "--init_from=w", "--device=cpu", *plan])
+    assert not (prepared / "checkpoints").exists()
+
+
+def test_the_directory_of_a_run_is_not_taken_for_weights(with_run):
+    assert_problems(refused("--dataset=fox", "--init_from=checkpoints/first", "--device=cpu"),
+                    "checkpoints/first is the directory of a run: give one of its checkpoints, such as checkpoints/fir")

@@ -114,6 +114,21 @@ def test_the_start_line_says_where_a_run_starts(steps, capsys):
     assert err == "warning: torch.compile failed, continuing without it: no compiler\n"
 
 
+@pytest.mark.parametrize("changes, fields, words", [
+    ([("batch_size", 2, 4)], {}, "a step has 4 sequences and had 2: epochs are counted as if it had always been 4\n"),
+    ([("gradient_accumulation_steps", 3, 1)], {}, "a step has 4 sequences and had 12: epochs are counted"),
+    ([("batch_size", 2, 4), ("gradient_accumulation_steps", 2, 1)], {}, None),
+    ([], dict(warmup_iters=30), "warmup_iters=30 lasts as long as the run: the learning rate only rises, to 9.68e-04"),
+    ([], dict(warmup_iters=29), None),
+])
+def test_what_surprises_is_said_at_the_start(steps, capsys, changes, fields, words):
+    s = steps(Progress(step=10), resume=True, max_iters=30, **fields)
+    s.run.newest, s.run.changes = s.cfg.run_dir / "step_00000010.pt", changes
+    s.report.start()
+    out = capsys.readouterr().out
+    assert words in out if words else "epochs are counted" not in out and "only rises" not in out
+
+
 def test_a_resume_without_a_checkpoint_says_so(steps, capsys):
     s = steps(resume=True)
     s.report.start()
@@ -199,6 +214,8 @@ def test_samples_are_texts_of_the_log(steps):
     (Progress(step=30), {}, "finished at step 30; never evaluated\n\n{sample}\n\nnext:\n  python sample.py --ckpt "
                             "{run}\n"),
     (Progress(step=30), dict(sample_tokens=0), "finished at step 30; never evaluated\n\nnext:\n  python"),
+    (Progress(step=30, val_loss=2.0), dict(sample_tokens=0),
+     "finished at step 30; not evaluated since eval_tokens was changed\n\nnext:\n  python"),
 ])
 def test_how_a_run_ended(steps, capsys, progress, fields, words):
     s = steps(progress, **fields)
