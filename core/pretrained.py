@@ -88,8 +88,10 @@ def check_vocabulary(cfg: TrainConfig, weights: Pretrained, tokenizer: Tokenizer
     ours, theirs = tokenizer.vocabulary(), weights.load_tokenizer().vocabulary()
     if ours != theirs:
         different = sorted(ours.keys() ^ theirs.keys())
-        named = f"; only one of them has {', '.join(map(repr, different[:MAX_NAMED]))}" if different else ""
-        raise UserError(f"{vocabulary_message(cfg, weights)}{named}")
+        what = "they number the same tokens differently"
+        if different:
+            what = f"only one of them has {', '.join(map(repr, different[:MAX_NAMED]))}"
+        raise UserError(f"{vocabulary_message(cfg, weights)}; {what}")
 
 
 def vocabulary_message(cfg: TrainConfig, weights: Pretrained) -> str:

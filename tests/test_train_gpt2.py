@@ -437,8 +437,8 @@ def test_a_second_call_takes_the_next_name(notebook, tmp_path):
     assert runs() == {"input", "input-2", "mine", "mine-2"}
     with pytest.raises(UserError, match="mine already holds checkpoints"):
         notebook(run_name="mine")
-    with pytest.raises(UserError, match=r"^beta1 must be .*, not 2$"):  # and nothing about the name
-        notebook(config_path="mine.py", data_path=None, dataset="input", beta1=2)
+    with pytest.raises(UserError, match=r"^beta1 must be .*, not 2\.0$"):  # and nothing about the name
+        notebook(config_path="mine.py", data_path=None, dataset="input", beta1=2.0)
 
 
 def test_another_text_of_the_same_name_is_refused(notebook, tmp_path):
