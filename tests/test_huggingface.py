@@ -478,7 +478,7 @@ def test_a_character_model_is_tuned_on_its_own_characters(bpe_data, tmp_path, mo
         if fits:
             assert train_gpt2.train(check_run(fields, [])).progress.step == 1
         else:
-            with pytest.raises(UserError, match="not have the vocabulary .*; they number the same tokens differently"):
+            with pytest.raises(UserError, match=r"not have the vocabulary .*; they number the same tokens differently"):
                 check_run(fields, [])
     with pytest.raises(UserError, match="n_embd=128 does not fit the weights"):
         check_run(fields | {"run_name": "wide", "n_embd": 128}, [])
