@@ -1,7 +1,6 @@
 """TinyShakespeare's characters, the recommended run: a small modern model, Muon, windows of 256.
 
-Validation loss 1.514 (seeds 1337 and 1) after 635 s of CPU time on one core of a shared 2-core Intel Xeon with AVX512,
-no AMX, no bf16, so in float32.
+Validation loss 1.512 (seed 1337), 3 min 42 s on 2 cores of an AMD EPYC (Zen 5, AVX512_BF16).
 """
 
 dataset = "shakespeare_char"
