@@ -276,7 +276,7 @@ def prepare_for_inference(model: GPT, device: torch.device, dtype: torch.dtype) 
     model.to(device)
     if device.type == "cuda":
         model.decoders = {}  # by number of rows and how tokens are chosen
-    if device.type == "cpu" and PackedLinear.is_available():
+    if device.type == "cpu" and PackedLinear.is_available(dtype):
         for module in list(model.modules()):
             for name, child in module.named_children():
                 if isinstance(child, nn.Linear):

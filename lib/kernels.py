@@ -176,8 +176,10 @@ class PackedLinear(nn.Module):
         self.min_rows = 1 if torch.equal(self.product(rows[:1]), self.product(rows)[:1]) else 2
 
     @staticmethod
-    def is_available() -> bool:
-        return hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available()
+    def is_available(dtype: torch.dtype) -> bool:
+        """Whether this build and processor have the kernels for `dtype`: in bfloat16, AVX2 alone does not suffice."""
+        has_kernels = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available()
+        return has_kernels and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
     def product(self, rows: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise.default(rows, self.weight, self.bias, "none", [], "")

@@ -20,6 +20,7 @@ from core.inference import (
     stream,
     window_start,
 )
+from lib.kernels import PackedLinear
 
 
 def without_cache(model, tokens, n_new):
@@ -149,6 +150,15 @@ def test_a_prepared_model_gives_the_same_logits():
     with torch.no_grad():
         expected = model(idx)[0]
         assert torch.allclose(prepare_for_inference(model, CPU, torch.float32)(idx)[0], expected, atol=1e-5)
+
+
+def test_a_processor_without_the_packed_bfloat16_kernels_computes_without_them(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    model, idx = make_model(), torch.randint(50, (1, 16))
+    expected = model(idx)[0].detach()
+    prepare_for_inference(model, CPU, torch.bfloat16)
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())
+    assert torch.allclose(model(idx)[0], expected, atol=0.05)
 
 
 def test_logits_with_a_large_common_offset_keep_their_differences_in_bfloat16():
