@@ -267,7 +267,8 @@ def parse_args(argv: list[str]) -> Namespace:
     names = (*SAMPLING, "json", "device", "dtype", "data_dir") if args.list else SAMPLING
     unused = [f"--{name}" for name in names if getattr(args, name) != parser.get_default(name)]
     if unused and (args.list or args.score is not None):
-        parser.error(f"{', '.join(unused)} has no effect with {'--list' if args.list else '--score'}")
+        verb = "has" if len(unused) == 1 else "have"
+        parser.error(f"{', '.join(unused)} {verb} no effect with {'--list' if args.list else '--score'}")
     return args
 
 

@@ -275,10 +275,10 @@ def test_bare_ckpt_takes_the_newest(alone, tmp_path):
     (["--num_samples", "0"], ">= 1"), (["--max_new_tokens", "0"], ">= 1"), (["--seed", "-1"], ">= 0"),
     (["--dtype", "int8"], "bfloat16"), (["--stride", "3"], "--score"),
     (["--skip_unknown"], "--skip_unknown needs --score"), (["--list", "--score", "x"], "not allowed with"),
-    (["--list", "--seed", "1", "--json"], "--seed, --json has no effect with --list"),
+    (["--list", "--seed", "1", "--json"], "--seed, --json have no effect with --list"),
     (["--prompt", "a", "--interactive"], "--interactive"),
     (["--promt", "x"], "--promt"),
-    (["--temperature", "0", "--stop", "a", "--score", "x"], "--temperature, --stop has no effect with --score"),
+    (["--temperature", "0", "--stop", "a", "--score", "x"], "--temperature, --stop have no effect with --score"),
 ])
 def test_impossible_flags_are_refused_with_their_range(args, words, capsys):
     with pytest.raises(SystemExit) as exit:
