@@ -2,7 +2,8 @@
 
     python export_hf.py --ckpt checkpoints/shakespeare/best.pt --out exported
 
-The GPT-2 family becomes a GPT2LMHeadModel; RMSNorm, SwiGLU and rotary positions without biases a LlamaForCausalLM.
+The GPT-2 family becomes a GPT2LMHeadModel; RMSNorm, SwiGLU and rotary positions without biases a LlamaForCausalLM,
+with normalized queries and keys a Qwen3ForCausalLM.
 """
 
 from pathlib import Path

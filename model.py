@@ -2,7 +2,8 @@
 
 GPT-2 (Radford et al. 2019): LayerNorm, GELU, learned positions. The modern family: RMSNorm
 (Zhang & Sennrich 2019), SwiGLU (Shazeer 2020), sinusoidal (Vaswani et al. 2017) or rotary positions
-(Su et al. 2021). Any norm goes with any feed-forward network and any positions. Parameter names are GPT-2's.
+(Su et al. 2021), normalized queries and keys (Henry et al. 2020). Any norm goes with any feed-forward network and any
+positions. Parameter names are GPT-2's.
 
 Shapes: B sequences, T tokens, C = n_embd, H heads of size D = C / H, V = vocab_size, L layers.
 """
@@ -48,10 +49,12 @@ class GPTConfig:
     mlp: str = "gelu"
     pos: str = "learned"
     tie_weights: bool = True
+    qk_norm: bool = False
 
     @classmethod
     def of(cls, values: dict, vocab_size: int) -> "GPTConfig":
         """A GPTConfig from a dict that may hold other fields too (a training config)."""
+        values = {"qk_norm": False} | values  # older checkpoints lack it
         return cls(**{f.name: values[f.name] for f in fields(cls) if f.name != "vocab_size"}, vocab_size=vocab_size)
 
     @property
@@ -114,6 +117,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.n_head = config.n_head
+        self.qk_norm = config.qk_norm
         self.dropout = config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
@@ -124,6 +128,8 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
                    for part in self.c_attn(x).split(C, dim=2))
+        if self.qk_norm:
+            q, k = (F.rms_norm(part, part.shape[-1:], eps=1e-6) for part in (q, k))
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is None:

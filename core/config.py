@@ -53,6 +53,7 @@ class TrainConfig:
     mlp: str = knob("gelu", "feed-forward network", choices=KINDS["mlp"])
     pos: str = knob("learned", "positions", choices=KINDS["pos"])
     tie_weights: bool = knob(True, "share the token embedding with the output layer")
+    qk_norm: bool = knob(False, "RMS-normalize each head's queries and keys")
     # length of the run
     max_iters: int | None = knob(None, "stop after this many optimizer steps", low=1, below=MAX_STEPS)
     epochs: float | None = knob(None, "stop after this many passes over the training windows (with max_iters: "
@@ -144,7 +145,7 @@ def resolve(cfg: TrainConfig, n_windows: int) -> ResolvedConfig:
 FIELDS = {f.name: f for f in fields(TrainConfig)}
 TYPES = typing.get_type_hints(TrainConfig)
 # Fields fixed by the weights a run starts from.
-SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "norm", "mlp", "pos", "tie_weights")
+SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "norm", "mlp", "pos", "tie_weights", "qk_norm")
 # Conditions across fields: the fields, the test, the message when it fails.
 CROSS_CHECKS = [
     (("n_embd", "n_head"), lambda c: c.n_embd % c.n_head == 0,

@@ -1,4 +1,4 @@
-"""Weights written in Hugging Face's layouts, tokenizer included: GPT-2's and, for the modern family, Llama's."""
+"""Weights written in Hugging Face's layouts, tokenizer included: GPT-2's, Llama's and Qwen3's."""
 
 import json
 from pathlib import Path
@@ -16,18 +16,21 @@ from model import GELU, GPT, GPTConfig
 
 # {layout: {field of GPTConfig: the values that it has a place for}}
 LAYOUTS = {
-    "GPT-2": {"norm": ("layernorm",), "mlp": (*GELU,), "pos": ("learned",)},
+    "GPT-2": {"norm": ("layernorm",), "mlp": (*GELU,), "pos": ("learned",), "qk_norm": (False,)},
     "Llama": {"norm": ("rmsnorm",), "mlp": ("swiglu",), "pos": ("rope",), "bias": (False,)},
 }
 
 
 def layout_of(config: GPTConfig, path: Path) -> str:
-    """The layout that has a place for all parts of the model in the checkpoint `path`. UserError if none has."""
+    """The layout that has a place for all parts of the model in the checkpoint `path`. UserError if none has.
+
+    Qwen3's is Llama's with normalized queries and keys.
+    """
     lacking = {layout: [f"{name}={getattr(config, name)}" for name, values in fields.items()
                         if getattr(config, name) not in values] for layout, fields in LAYOUTS.items()}
     for layout, parts in lacking.items():
         if not parts:
-            return layout
+            return "Qwen3" if config.qk_norm else layout
     raise UserError(f"{path} fits none of Hugging Face's layouts: " + "; ".join(
         f"{layout}'s lacks {', '.join(parts)} (it has {described(LAYOUTS[layout])})"
         for layout, parts in lacking.items()))
@@ -41,7 +44,7 @@ def described(fields: dict[str, tuple]) -> str:
 def write_pretrained(directory: Path, model: GPT, tokenizer: Tokenizer, layout: str) -> None:
     """Write a model into `directory`, created if need be, config.json last. UserError where that is impossible."""
     config, ends = model.config, {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
-    tensors, fields = {"GPT-2": (gpt2_tensors, gpt2_fields), "Llama": (llama_tensors, llama_fields)}[layout]
+    tensors, fields = (gpt2_tensors, gpt2_fields) if layout == "GPT-2" else (llama_tensors, llama_fields)
     contents = tokenizer_files(tokenizer, config.block_size)
     contents["generation_config.json"] = ends
     contents["config.json"] = fields(model) | ends | {
@@ -99,7 +102,8 @@ def gpt2_fields(model: GPT) -> dict:
 def llama_tensors(model: GPT) -> dict[str, Tensor]:
     """The weights as LlamaForCausalLM has them: q, k and v apart, and so SwiGLU's gate and the rest.
 
-    Both rotate the pairs (x_i, x_{i + D/2}) of a head, so no rows of q and k change places.
+    Qwen3ForCausalLM also scales its normalized queries and keys. All rotate the pairs (x_i, x_{i + D/2}) of a head,
+    so no rows of q and k change places.
     """
     names = {"wte": "model.embed_tokens", "ln_f": "model.norm", "ln_1": "input_layernorm",
              "ln_2": "post_attention_layernorm", "attn.c_proj": "self_attn.o_proj", "mlp.c_proj": "mlp.down_proj"}
@@ -110,14 +114,19 @@ def llama_tensors(model: GPT) -> dict[str, Tensor]:
         prefix, part = (f"model.layers.{path[1]}.", ".".join(path[2:])) if path[0] == "h" else ("", path[0])
         targets = parts.get(part) or [names.get(part, part)]
         tensors |= {f"{prefix}{target}.weight": piece for target, piece in zip(targets, value.chunk(len(targets)))}
+    if model.config.qk_norm:
+        ones = torch.ones(model.config.n_embd // model.config.n_head)
+        tensors |= {f"model.layers.{layer}.self_attn.{part}_norm.weight": ones
+                    for layer in range(model.config.n_layer) for part in "qk"}
     return stored(tensors)
 
 
 def llama_fields(model: GPT) -> dict:
-    """What config.json says of a LlamaForCausalLM."""
+    """What config.json says of a LlamaForCausalLM or, with normalized queries and keys, a Qwen3ForCausalLM."""
     config = model.config
+    name = "Qwen3" if config.qk_norm else "Llama"
     return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama",
+        "architectures": [f"{name}ForCausalLM"], "model_type": name.lower(),
         "max_position_embeddings": config.block_size, "hidden_size": config.n_embd,
         "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
         "num_key_value_heads": config.n_head, "head_dim": config.n_embd // config.n_head,

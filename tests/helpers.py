@@ -22,7 +22,7 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 FAMILIES = {
     "gpt2": dict(norm="layernorm", mlp="gelu", pos="learned"),
     "modern": dict(norm="rmsnorm", mlp="swiglu", pos="sinusoidal", bias=False),
-    "rope": dict(norm="rmsnorm", mlp="relu2", pos="rope", bias=False, tie_weights=False),
+    "rope": dict(norm="rmsnorm", mlp="relu2", pos="rope", bias=False, tie_weights=False, qk_norm=True),
 }
 
 

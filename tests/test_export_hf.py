@@ -102,14 +102,15 @@ def test_gpt2_bpe_as_a_process(tmp_path, text, downloads):
 
 
 @pytest.mark.parametrize("tie", [True, False])
-def test_the_modern_family_is_a_llama(tmp_path, text, tie, capsys):
+@pytest.mark.parametrize("layout, qk_norm", [("Llama", False), ("Qwen3", True)])
+def test_the_modern_family_is_a_llama_or_a_qwen3(tmp_path, text, layout, qk_norm, tie, capsys):
     tokenizer = CharTokenizer.from_text(text)
-    shape = LLAMA | dict(tie_weights=tie, block_size=256, n_embd=48, n_head=4)
+    shape = LLAMA | dict(tie_weights=tie, qk_norm=qk_norm, block_size=256, n_embd=48, n_head=4)
     model = write_checkpoint(tmp_path / "m.pt", tokenizer, gain=2.0, **shape)
     export_hf.main(["--ckpt", str(tmp_path / "m.pt"), "--out", str(tmp_path / "out")])
-    assert "Llama's layout" in (out := capsys.readouterr().out) and "--init_from" not in out
+    assert f"{layout}'s layout" in (out := capsys.readouterr().out) and "--init_from" not in out
     theirs = assert_opened_by_transformers(tmp_path / "out", model, tokenizer, text)
-    assert type(theirs).__name__ == "LlamaForCausalLM" and theirs.config.tie_word_embeddings == tie
+    assert type(theirs).__name__ == f"{layout}ForCausalLM" and theirs.config.tie_word_embeddings == tie
     fast = PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
     prompt = "é☃\n a"
     ids = fast(prompt, return_tensors="pt")["input_ids"]
@@ -119,7 +120,7 @@ def test_the_modern_family_is_a_llama(tmp_path, text, tie, capsys):
     generated = theirs.generate(ids, do_sample=False, max_new_tokens=200)[0, ids.size(1) :]
     assert generated.tolist() == ours["tokens"] and fast.decode(generated) == ours["text"]
     assert len(set(ours["tokens"])) > 3  # not one token over and over
-    with pytest.raises(UserError, match="model_type=llama is not supported"):
+    with pytest.raises(UserError, match=f"model_type={layout.lower()} is not supported"):
         pretrained.find(tmp_path / "out", "no data")
 
 
@@ -151,12 +152,16 @@ def test_what_cannot_be_exported_is_named(tmp_path):
         export_hf.main(args)
     assert str(error.value).endswith(
         "GPT-2's lacks norm=rmsnorm, mlp=swiglu, pos=sinusoidal (it has norm=layernorm, mlp=gelu or gelu_erf, "
-        "pos=learned); Llama's lacks pos=sinusoidal, bias=True (it has norm=rmsnorm, mlp=swiglu, pos=rope, bias=False)")
+        "pos=learned, qk_norm=False); Llama's lacks pos=sinusoidal, bias=True (it has norm=rmsnorm, mlp=swiglu, "
+        "pos=rope, bias=False)")
     for changes, words in ((dict(norm="layernorm"), "norm=layernorm"), (dict(bias=True), "bias=True"),
                            (dict(mlp="relu2"), "mlp=relu2"), (dict(mlp="gelu"), "mlp=gelu")):
         write_checkpoint(tmp_path / "m.pt", tokenizer, **LLAMA | changes)
         with pytest.raises(UserError, match=re.escape(f"Llama's lacks {words} (it has")):
             export_hf.main(args)
+    write_checkpoint(tmp_path / "m.pt", tokenizer, qk_norm=True)
+    with pytest.raises(UserError, match=re.escape("GPT-2's lacks qk_norm=True (it has")):
+        export_hf.main(args)
     assert os.listdir(tmp_path) == ["m.pt"]
 
 

@@ -124,6 +124,13 @@ def test_a_model_comes_back(tmp_path, shape):
         assert torch.equal(value, loaded.state_dict()[name]), name
 
 
+def test_a_checkpoint_older_than_qk_norm_comes_back(tmp_path):
+    saved, model = model_content()
+    saved["config"] = {name: value for name, value in saved["config"].items() if name != "qk_norm"}
+    save_checkpoint(tmp_path / "a.pt", saved)
+    assert load_model(tmp_path / "a.pt")[1].config == model.config
+
+
 @pytest.mark.parametrize("change, words", [
     (lambda c: c["config"].update(n_layer=0, mlp="silu"), "n_layer must be an int >= 1 and < 10000, not 0"),
     (lambda c: c["config"].update(mlp="silu"), "mlp must be one of gelu, gelu_erf, swiglu, relu2, not 'silu'"),
