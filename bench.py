@@ -473,7 +473,8 @@ def main(argv: list[str]) -> int:
         prog="bench.py", usage=f"python bench.py [CONFIG.py | {' | '.join(GPT2_SIZES)}] [--field=value ...]",
         description=HELP, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=number(int, low=1), default=20, help="steps that are timed (default 20)")
-    parser.add_argument("--warmup", type=number(int, low=2), default=3, help="steps before, not timed (default 3)")
+    parser.add_argument("--warmup", type=number(int, low=2), default=3,
+                        help="steps before, not timed, at least 2 (default 3)")
     parser.add_argument("--decode_tokens", type=number(int, low=0), default=100,
                         help="length of the texts generated from one token; 0: none (default 100)")
     parser.add_argument("--peer", metavar="PATH/model.py",

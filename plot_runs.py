@@ -15,12 +15,13 @@ A run is given by its directory, its metrics.jsonl, or a file with what nanoGPT'
 import os
 import sys
 import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core.metrics import History, read_history
-from lib.cli import UserError, run_script, script_parser
+from lib.cli import UserError, plural, run_script, script_parser, warn
 from lib.files import atomic_write, check_writable, reason
 
 if TYPE_CHECKING:
@@ -117,10 +118,18 @@ def draw_samples(figure: "Figure", history: History) -> None:
 
 def save(figure: "Figure", out: Path) -> None:
     try:
-        with atomic_write(out) as [temporary]:
+        with atomic_write(out) as [temporary], warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             figure.savefig(temporary, format=out.suffix[1:], dpi=120, metadata=FORMATS[out.suffix])
     except OSError as error:
         raise UserError(f"cannot write {out}: {reason(error)}") from None
+    messages = {str(warning.message) for warning in caught}
+    missing = {message for message in messages if message.startswith("Glyph ")}
+    if missing and out.suffix == ".png":  # whoever opens an SVG draws it with fonts of their own
+        warn(f"the font lacks {plural(len(missing), 'character')}, drawn as boxes: with --out FILE.svg the viewer's "
+             f"fonts are used")
+    for message in messages - missing:
+        warn(message)
 
 
 def main(argv: list[str]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from core.corpus import CORPORA, is_free_name, prepare_text
 from core.listing import datasets_table
 from core.nanogpt import take_over
-from lib.cli import UserError, nearest, number, run_script, script_parser
+from lib.cli import UserError, command_line, nearest, number, run_script, script_parser
 from lib.files import read_text
 
 
@@ -23,6 +23,17 @@ def first_lines(text: str, n_lines: int) -> str:
         if end == 0:
             return text
     return text[:end]
+
+
+def unknown_corpus(name: str, data_dir: str) -> str:
+    """What to do about a NAME that is not a built-in text."""
+    if Path(name).is_file():
+        line = command_line(["python", "prepare_data.py", "--input", name, "--name", Path(name).stem])
+        return f"{name} is a file: {line}"
+    if (Path(data_dir) / name / "meta.json").is_file():
+        return f"{name} is prepared already: python train_gpt2.py configs/quickstart.py --dataset={name}"
+    return (f"unknown corpus {name}{nearest(name, CORPORA)}; there are {', '.join(CORPORA)}, and --input FILE... "
+            f"--name NAME for your own text")
 
 
 def main(argv: list[str]) -> None:
@@ -48,8 +59,7 @@ def main(argv: list[str]) -> None:
     if [args.corpus, args.input, args.from_nanogpt].count(None) != 2:
         raise UserError(f"give a corpus ({builtin}), or --input FILE... or --from_nanogpt DIRECTORY with --name NAME")
     if args.corpus and args.corpus not in CORPORA:
-        raise UserError(f"unknown corpus {args.corpus}{nearest(args.corpus, CORPORA)}; there are {builtin}, and "
-                        f"--input FILE... --name NAME for your own text")
+        raise UserError(unknown_corpus(args.corpus, args.data_dir))
     changes_text = args.tokenizer or args.val_fraction or args.max_lines
     changed = args.input or args.from_nanogpt or changes_text
     name = args.name or (args.corpus if not changed else None)

@@ -23,7 +23,7 @@ from core import huggingface, pretrained
 from core.inference import prepare_for_inference, stream, window_start
 from core.listing import runs_table
 from core.runs import load_model
-from core.text import known_text, score_tokens
+from core.text import CHOICE, known_text, score_tokens
 from core.tokenizer import Tokenizer
 from lib.cli import UserError, json_line, number, plural, run_script, script_parser
 from lib.device import DTYPES, choose_device, choose_dtype, dtype_name, out_of_memory_as
@@ -130,8 +130,11 @@ def answer(model: GPT, tokenizer: Tokenizer, prompt: str, args: Namespace, seed:
             write(f"{SEPARATOR}\n{echo}{sample.text}\n")
 
 
-def interact(model: GPT, tokenizer: Tokenizer, args: Namespace) -> None:
-    """Continue each line that is typed. Ctrl-C ends a text or clears the line, Ctrl-D quits."""
+def interact(model: GPT, tokenizer: Tokenizer, args: Namespace) -> int:
+    """Continue each line that is typed. Ctrl-C ends a text or clears the line, Ctrl-D quits.
+
+    Return the exit code: 2 if a line that was not typed was refused.
+    """
     with contextlib.suppress(ImportError):  # Windows has no readline, but a console that does the same
         import readline  # noqa: F401  gives input() line editing and a history
     if sys.stdin is None:
@@ -139,19 +142,20 @@ def interact(model: GPT, tokenizer: Tokenizer, args: Namespace) -> None:
     is_typed = sys.stdin.isatty() and sys.stdout is not None and sys.stdout.isatty()
     if is_typed:
         print("type a line to continue; Ctrl-C stops the text, Ctrl-D quits", file=sys.stderr)
-    seed = args.seed
+    seed, code = args.seed, 0
     while True:
         try:
-            prompt = input("> " if is_typed else "")
+            prompt = input("> " if is_typed else "").removeprefix("\ufeff").removesuffix("\r")  # of a Windows file
             if prompt:
                 seed += args.num_samples  # another text, even for the same prompt
                 answer(model, tokenizer, checked_text(prompt, "the prompt"), args, seed - args.num_samples, echo="")
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
+            code = 0 if is_typed else 2
         except EOFError:
             if is_typed:
                 print()
-            return
+            return code
         except KeyboardInterrupt:
             if not is_typed:
                 raise
@@ -191,18 +195,16 @@ def score(model: GPT, tokenizer: Tokenizer, args: Namespace, device: torch.devic
     except UserError as error:
         raise UserError(f"{args.score}: {error}; --skip_unknown scores the rest") from None
     tokens = tokenizer.encode(text)
-    length = model.config.block_size
-    stride = args.stride or length
-    if len(tokens) < 2:
-        raise UserError(f"{args.score} has {plural(len(tokens), 'token')}: --score needs at least 2")
-    if stride > length:
-        raise UserError(f"--stride {stride} is over the model's context of {length} tokens and would skip some")
     dtype = torch.float32 if args.dtype == "auto" else choose_dtype(args.dtype, device)
-    result = score_tokens(model.to(device), tokenizer, tokens, stride, dtype)
+    try:
+        result = score_tokens(model.to(device), tokenizer, tokens, args.stride, dtype)
+    except UserError as error:
+        raise UserError(f"{args.score}: {error}") from None
     if not math.isfinite(result.loss):
         raise UserError(f"{args.score}: the loss is not finite, so the weights are unusable")
+    length = model.config.block_size
     metrics = {"file": args.score, "tokens": len(tokens), "bytes": len(text.encode()), **vars(result),
-               "context": length, "stride": stride, "dtype": dtype_name(dtype), "skipped": n_skipped}
+               "context": length, "stride": args.stride or length, "dtype": dtype_name(dtype), "skipped": n_skipped}
     if args.json:
         print(json_line(metrics))
         return
@@ -224,6 +226,12 @@ def load(name: str, data_dir: str) -> tuple[GPT, Tokenizer]:
     return model, tokenizer
 
 
+def choice(name: str) -> Callable[[str], object]:
+    """The argparse `type` of an option that says how tokens are chosen."""
+    kind, bounds = CHOICE[name]
+    return number(kind, **bounds)
+
+
 def parse_args(argv: list[str]) -> Namespace:
     parser = script_parser("sample.py", __doc__)
     parser.add_argument("--ckpt", nargs="?", const="checkpoints", default="checkpoints", metavar="PATH",
@@ -240,22 +248,23 @@ def parse_args(argv: list[str]) -> Namespace:
                         help="with --score: tokens from one window's start to the next (default: the context length)")
     parser.add_argument("--num_samples", type=number(int, low=1, below=2**32), default=1, help="default 1")
     parser.add_argument("--max_new_tokens", type=number(int, low=1, below=2**32), default=500, help="default 500")
-    parser.add_argument("--temperature", type=number(float, low=0), default=0.8, help="0: greedy (default 0.8)")
-    parser.add_argument("--top_k", type=number(int, low=0, below=2**32), default=200,
+    parser.add_argument("--temperature", type=choice("temperature"), default=0.8, help="0: greedy (default 0.8)")
+    parser.add_argument("--top_k", type=choice("top_k"), default=200,
                         help="keep the k most likely tokens; 0: off (default 200)")
-    parser.add_argument("--top_p", type=number(float, above=0, high=1), default=1.0,
+    parser.add_argument("--top_p", type=choice("top_p"), default=1.0,
                         help="keep the smallest set of most likely tokens with this total probability; 1: off "
                              "(default 1)")
-    parser.add_argument("--min_p", type=number(float, low=0, high=1), default=0.0,
+    parser.add_argument("--min_p", type=choice("min_p"), default=0.0,
                         help="keep tokens at least this fraction as likely as the most likely; 0: off (default 0)")
-    parser.add_argument("--repetition_penalty", type=number(float, low=0.01, high=100), default=1.0,
+    parser.add_argument("--repetition_penalty", type=choice("repetition_penalty"), default=1.0,
                         help="above 1: penalize tokens already in the text (default 1)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT",
                         help="stop just before the given string, even if it spans several tokens; "
                              "repeatable (bash: $'\\n' is a line break)")
     parser.add_argument("--seed", type=number(int, low=0, below=2**32), default=1337,
                         help="sample i is what --seed SEED+i alone would give, on a GPU up to rounding (default 1337)")
-    parser.add_argument("--data_dir", default="data", help="directory of published weights, meta.pkl (default: data)")
+    parser.add_argument("--data_dir", default="data",
+                        help="where to look for published weights and nanoGPT's meta.pkl (default: data)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
                         help="dtype of the weights; auto: bfloat16 where that is fast, but float32 for --score")
@@ -272,7 +281,7 @@ def parse_args(argv: list[str]) -> Namespace:
     return args
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int | None:
     args = parse_args(argv)
     if args.list:
         return print(runs_table(args.ckpt))
@@ -286,9 +295,8 @@ def main(argv: list[str]) -> None:
         prompt = tokenizer.start if args.prompt is None else read_prompt(args.prompt)
         prepare_for_inference(model, device, choose_dtype(args.dtype, device))
         if args.interactive:
-            interact(model, tokenizer, args)
-        else:
-            answer(model, tokenizer, prompt, args, args.seed, echo=prompt)
+            return interact(model, tokenizer, args)
+        answer(model, tokenizer, prompt, args, args.seed, echo=prompt)
 
 
 if __name__ == "__main__":

@@ -124,6 +124,8 @@ def train_model(config_path: str | Path | None = None, data_path: str | Path | N
     is_named = values.get("run_name") is not None
     if not is_named:
         values["run_name"] = Path(data_path).stem if data_path else default_run_name(config_path, values)
+    if data_path and fields.get("dataset", TrainConfig.dataset) not in CORPORA:
+        problems.append(f"data_path={data_path} and dataset={fields['dataset']}: give one of them")
     if data_path:
         _, tokenizer_kind = CORPORA.get(values.get("dataset", TrainConfig.dataset), (None, "char"))
         values["dataset"] = Path(data_path).stem

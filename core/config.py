@@ -163,6 +163,8 @@ CROSS_CHECKS = [
     (("dataset",), lambda c: is_plain_name(c.dataset), "dataset={dataset!r} must be a plain directory name"),
     (("data_dir", "out_dir", "log_dir"), lambda c: (c.data_dir + c.out_dir + c.log_dir).isprintable(),
      "data_dir={data_dir!r}, out_dir={out_dir!r} and log_dir={log_dir!r} must be printable paths"),
+    (("out_dir", "log_dir"), lambda c: os.path.realpath(c.out_dir) != os.path.realpath(c.log_dir),
+     "out_dir and log_dir are both {out_dir}: choose two directories"),
     (("init_from",), lambda c: c.init_from is None or (c.init_from.isprintable() and c.init_from),
      "init_from={init_from!r} must be a name or a printable path"),
 ]
@@ -206,7 +208,9 @@ def read_config_file(path: str | Path) -> tuple[Values, Problems]:
     try:
         tree = ast.parse(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
-        return {}, [f"cannot read config file {path}: {error.strerror}"]
+        named = Path("configs", Path(path).stem + ".py")
+        hint = f" (did you mean {named}?)" if named.exists() and not os.path.exists(path) else ""
+        return {}, [f"cannot read config file {path}: {error.strerror}{hint}"]
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         return {}, [f"{path} is not a config file of `name = value` lines: {error}"]
     values, problems = {}, []
@@ -234,6 +238,8 @@ def read_config_file(path: str | Path) -> tuple[Values, Problems]:
 def read_command_line(argv: Sequence[str]) -> tuple[str | None, Values, Problems]:
     """(config file or None, values, problems) of `[CONFIG.py] [--field=value …]`."""
     paths, texts, problems = read_flags(argv, FIELDS, [name for name in FIELDS if kind_of(name)[0] is bool])
+    problems += [f"unexpected argument {path!r}: flags begin with two dashes" for path in paths if path.startswith("-")]
+    paths = [path for path in paths if not path.startswith("-")]
     problems += [f"unexpected argument {path!r}: the config file is already {paths[0]}" for path in paths[1:]]
     return (paths or [None])[0], {name: parse_flag(name, text) for name, text in texts.items()}, problems
 

@@ -19,7 +19,7 @@ def perplexity(loss: float) -> float:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics of one pass over a text: mean nats per token, its exponential, bits per byte of text."""
+    """Metrics of one pass over a text: mean nats per token, its exponential, bits per byte; the first token is free."""
 
     loss: float
     perplexity: float
@@ -54,6 +54,6 @@ def evaluate(model: torch.nn.Module, dataset: TokenDataset, batch_size: int, dev
         of_batches[:, mine] = torch.stack((torch.stack(losses).cpu().double(), torch.tensor(counts)))
     processes.sum(of_batches)
     nats, n_targets = of_batches.prod(0).sum().item(), of_batches[1].sum().item()
-    n_bytes = int(dataset.tokenizer.token_bytes[dataset.tokens].sum())
+    n_bytes = int(dataset.tokenizer.token_bytes[dataset.tokens[1:]].sum())
     loss = nats / n_targets
     return Evaluation(loss, perplexity(loss), nats / math.log(2) / n_bytes)

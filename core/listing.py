@@ -43,6 +43,8 @@ def dataset_row(directory: Path) -> tuple[str, ...]:
 
 def runs_table(out_dir: str | Path) -> str:
     """The runs under out_dir, the one written last first. UserError if there are none."""
+    if Path(out_dir).is_file():
+        raise UserError(f"{out_dir} is a file: give --ckpt the directory of a run or of several")
     files = (*Path(out_dir).glob("*/*.pt"), *Path(out_dir).glob("*.pt"))  # out_dir may be a run itself
     directories = {path.parent for path in files if path.is_file()}
     rows = [row for _, row in sorted(filter(None, map(run_row, directories)), reverse=True)]

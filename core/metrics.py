@@ -116,6 +116,8 @@ def read_history(path: Path) -> History:
         path = path / FILE_NAME
     elif not path.exists():
         raise UserError(f"{path} does not exist: give the directory of a run, such as runs/quickstart")
+    if path.name.startswith("events.out.tfevents"):
+        raise UserError(f"{path} is TensorBoard's: give the run's directory, {path.parent}")
     text = read_text(path)
     return read_metrics(path, text) if path.suffix == ".jsonl" else read_nanogpt_log(path, text)
 

@@ -36,6 +36,8 @@ def print_plan(argv: Sequence[str], processes: Processes = ALONE) -> int:
     UserError for what a run would be refused for, except for memory and a run directory with checkpoints; for
     characters not prepared yet; for another value of --plan.
     """
+    if (at := argv.index("--plan") if "--plan" in argv else None) is not None and argv[at + 1 : at + 2] == ["measure"]:
+        argv = [*argv[:at], "--plan=measure", *argv[at + 2 :]]
     asked = [word for word in argv if wants_plan([word])]
     values, problems = read_values([word for word in argv if word not in asked])
     problems += [f"{word}: --plan stands alone, or is --plan=measure" for word in asked if word not in FLAGS]
@@ -80,8 +82,8 @@ def data_sizes(cfg: TrainConfig) -> tuple[int, dict[str, int] | None]:
         return meta["vocab_size"], {split: sizes["tokens"] for split, sizes in meta["splits"].items()}
     if CORPORA[cfg.dataset][1] == "gpt2":
         return GPTConfig.vocab_size, None
-    raise UserError(f"the vocabulary of {cfg.dataset} is known once it is prepared: python prepare_data.py "
-                    f"{cfg.dataset} --data_dir={cfg.data_dir}")
+    raise UserError(f"--plan needs the size of {cfg.dataset}'s vocabulary: prepare it first with "
+                    f"python prepare_data.py {cfg.dataset} --data_dir={cfg.data_dir}")
 
 
 def data_bytes(cfg: ResolvedConfig, n_tokens: dict[str, int]) -> int:

@@ -192,10 +192,12 @@ class Report:
             warn(f"torch.compile failed, continuing without it: {trainer.compile_error}")
         print(start_table(run, trainer, self.log.directory), flush=True)
         if 1 < cfg.max_iters <= cfg.warmup_iters:
-            print(f"warmup_iters={cfg.warmup_iters} lasts as long as the run: the learning rate only rises, to "
-                  f"{learning_rate_at(cfg.max_iters - 1, cfg):.2e}")
+            print(f"warmup_iters={cfg.warmup_iters} lasts the whole run: the learning rate ends at "
+                  f"{learning_rate_at(cfg.max_iters - 1, cfg):.2e} and never reaches its peak")
         if self.progress.finished(cfg):
-            print("nothing to do: the run is finished; raise --max_iters, --epochs or --patience to continue")
+            step = self.progress.step
+            why = f"step {step} is past max_iters={cfg.max_iters}" if step > cfg.max_iters else "the run is finished"
+            print(f"nothing to do: {why}; raise --max_iters, --epochs or --patience to continue")
 
     def micro_batch_done(self, n_done: int) -> None:
         """Print how long a step takes if the first one is slow, after its first n_done micro-batches."""
@@ -208,7 +210,7 @@ class Report:
             self.step_time_printed = True
 
     def step_done(self) -> None:
-        """Count a step; print the expected time once it can be estimated, and how long each epoch took."""
+        """Count a step; print the expected time once it can be estimated, and how long an epoch took."""
         self.timer.steps += 1
         cfg, step = self.cfg, self.progress.step
         if step == self.first_step + STEPS_BEFORE_ESTIMATE:
@@ -218,7 +220,8 @@ class Report:
         if cfg.epoch_of(step) != cfg.epoch_of(step - 1):
             epoch_end = mark(self.trainer.device)
             what = "epoch" if self.epoch_is_whole else "rest of the epoch"
-            print(f"{what} took {duration(seconds_between(self.epoch_start, epoch_end))}", flush=True)
+            if cfg.n_windows >= cfg.log_interval * cfg.sequences:  # no line for each of many short ones
+                print(f"{what} took {duration(seconds_between(self.epoch_start, epoch_end))}", flush=True)
             self.epoch_start, self.epoch_is_whole = epoch_end, True
 
     def training(self, is_last: bool = False) -> None:

@@ -1,6 +1,7 @@
 """Checkpoints seen from outside the run that writes them: found, opened, named."""
 
 import glob
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from model import GPT, GPTConfig
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint `path`, or the most recently written one in a run directory or a directory of runs."""
+    """The checkpoint `path`, or the one of the last step in a run's directory; of several runs the last written to."""
     path = Path(path)
     try:
         if path.is_file():
@@ -27,8 +28,12 @@ def find_checkpoint(path: str | Path) -> Path:
             with suppress(OSError):  # pruned just now, or a link to nothing
                 written[file] = file.stat().st_mtime_ns if file.is_file() else -1
         if max(written.values(), default=-1) >= 0:
-            return max(written, key=written.get)
+            newest = max(written, key=written.get)
+            of_run = newest_first(newest.parent)  # a copied run's times say nothing of its steps
+            return of_run[0] if newest in of_run else newest
     what = "has no checkpoints" if path.is_dir() else "is neither a file nor a run directory"
+    if not path.exists() and os.path.exists(named := os.path.join(TrainConfig.out_dir, path)):
+        raise UserError(f"{path} {what}: did you mean {named}?")
     raise UserError(f"{path} {what}: train first (python train_gpt2.py configs/quickstart.py) or give --ckpt FILE")
 
 

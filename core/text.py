@@ -9,11 +9,19 @@ from core.dataset import TokenDataset
 from core.evaluation import Evaluation, evaluate
 from core.inference import stream
 from core.tokenizer import Tokenizer, code_points
-from lib.cli import UserError, plural
+from lib.cli import UserError, describe, is_valid, plural
 from model import GPT
 
 MAX_SCORED_TOKENS = 8192  # in one forward pass of `score_tokens`
 MAX_NAMED = 5  # different characters in a message
+# How tokens are chosen: the type of each option of core.inference.stream, and its bounds (lib.cli.BOUNDS).
+CHOICE = {
+    "temperature": (float, dict(low=0)),
+    "top_k": (int, dict(low=0, below=2**32)),
+    "top_p": (float, dict(above=0, high=1)),
+    "min_p": (float, dict(low=0, high=1)),
+    "repetition_penalty": (float, dict(low=0.01, high=100)),
+}
 
 
 def continue_text(model: GPT, tokenizer: Tokenizer, prompt: str = "", max_new_tokens: int = 500, seed: int = 1337,
@@ -21,12 +29,18 @@ def continue_text(model: GPT, tokenizer: Tokenizer, prompt: str = "", max_new_to
                   **choice: float) -> str:
     """`prompt`, by default a line break, and its continuation; the same for the same weights and `seed`.
 
-    `choice`: see core.inference.stream. `proceed` is called after each token; False ends the text. UserError for a
-    character outside the vocabulary.
+    `choice`: the other options in CHOICE. `proceed` is called after each token; False ends the text. UserError for a
+    character outside the vocabulary, and for an option out of bounds.
     """
+    choice |= {"temperature": temperature, "top_k": top_k}
+    problems = [f"{name} must be {describe(kind, **bounds)}, not {choice[name]!r}"
+                for name, (kind, bounds) in CHOICE.items()
+                if name in choice and not is_valid(kind(choice[name]), kind, **bounds)]
+    if problems:
+        raise UserError(*problems)
     ids = tokenizer.encode(prompt or tokenizer.start).tolist()
     start = torch.tensor([ids], device=model.transformer.wte.weight.device)
-    for token in stream(model, start, max_new_tokens, seed=seed, temperature=temperature, top_k=top_k, **choice):
+    for token in stream(model, start, max_new_tokens, seed=seed, **choice):
         ids.append(int(token))
         if not proceed():
             break
@@ -37,9 +51,13 @@ def score_tokens(model: GPT, tokenizer: Tokenizer, tokens: np.ndarray, stride: i
                  dtype: torch.dtype = torch.float32) -> Evaluation:
     """How well `model` predicts tokens, ids (n,), n >= 2, in windows of its context, one every `stride` tokens.
 
-    Windows do not overlap by default. ValueError for fewer tokens or a longer stride.
+    Windows do not overlap by default. UserError for fewer tokens or a longer stride.
     """
     length = model.config.block_size
+    if len(tokens) < 2:
+        raise UserError(f"{plural(len(tokens), 'token')} cannot be scored: at least 2 are needed")
+    if stride and stride > length:
+        raise UserError(f"stride {stride} is over the model's context of {length} tokens and would skip some")
     dataset = TokenDataset(tokens, length, stride, tokenizer)
     batch_size = min(max(1, MAX_SCORED_TOKENS // length), len(dataset))
     return evaluate(model, dataset, batch_size, model.transformer.wte.weight.device, dtype)

@@ -128,8 +128,9 @@ def run_script(main: Callable[[list[str]], int | None], outlives_output: bool = 
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """' (did you mean X?)' for the closest of `names`, or '' when none is close."""
-    close = difflib.get_close_matches(name, list(names), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
+    by_lower = {other.lower(): other for other in names}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    return f" (did you mean {by_lower[close[0]]}?)" if close else ""
 
 
 def command_line(words: Sequence[str]) -> str:

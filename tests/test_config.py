@@ -98,9 +98,13 @@ def test_a_switch_consumes_only_true_or_false():
     (["--min_lr=1"], "min_lr=1.0 exceeds learning_rate"),
     (["--run_name=../up"], "plain directory name"),
     (["--dataset=.."], "plain directory name"),
+    (["--out_dir=a", "--log_dir=b/../a"], "out_dir and log_dir are both a: choose two directories"),
     (["--n_layer"], "--n_layer needs a value"),
     (["a.py", "b.py"], "unexpected argument 'b.py'"),
+    (["a.py", "-max_iters=20"], "unexpected argument '-max_iters=20': flags begin with two dashes"),
     ([""], "cannot read config file"),
+    (["quickstart"], "cannot read config file quickstart: No such file or directory (did you mean "
+                     f"{Path('configs', 'quickstart.py')}?)"),
 ])
 def test_impossible_combinations(flags, words):
     _, problems = config_from_argv(flags)

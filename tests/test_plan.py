@@ -89,6 +89,8 @@ def test_a_plan_agrees_with_what_a_run_leaves(tmp_path, tiny_args, monkeypatch, 
     plan = capsys.readouterr().out
     assert "length   8 steps left of 20 after checkpoints/tiny/step_00000012.pt = 1,024 tokens" in plan
     assert "\ntime     unknown; --plan=measure measures it\n" in plan
+    assert train_gpt2.main([*tiny_args, "--plan", "measure"]) == 0
+    assert " s a step, " in capsys.readouterr().out
 
 
 def test_the_first_run(tmp_path):

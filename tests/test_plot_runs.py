@@ -143,8 +143,10 @@ def test_what_cannot_be_plotted_is_refused(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "new").mkdir()
     (tmp_path / "new/metrics.jsonl").write_text("")
+    (tmp_path / "new/events.out.tfevents.1").write_bytes(b"\xff")
     assert_refused(run("plot_runs.py", "none", cwd=tmp_path), "error: none does not exist: give the directory of a run")
     for args, words in (((".",), "no metrics.jsonl in ."), (("new",), "new has no losses yet"),
+                        (("new/events.out.tfevents.1",), "is TensorBoard's: give the run's directory, new"),
                         ((runs / "tiny-1", "--out=a.pdf"), "--out a.pdf must end in .png or .svg"),
                         ((runs / "tiny-1", "--out=new"), "must end in .png or .svg"),
                         ((runs / "tiny-1", "--out=new/metrics.jsonl/a.png"), "cannot create the directory"),
@@ -154,6 +156,17 @@ def test_what_cannot_be_plotted_is_refused(runs, tmp_path, monkeypatch):
             plot_runs.main(list(map(str, args)))
         assert words in str(refused.value)
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_characters_that_the_font_lacks(tmp_path, capsys):
+    """In a PNG they are boxes; in an SVG the viewer's fonts draw them."""
+    (tmp_path / "run").mkdir()
+    entry = dict(step=1, tag="samples", value="a 中文 中", seconds=1.0, time=1.0)
+    (tmp_path / "run/metrics.jsonl").write_text(json.dumps(entry) + "\n")
+    for suffix, expected in (("png", "warning: the font lacks 2 characters, drawn as boxes"), ("svg", "wrote")):
+        plot_runs.main([str(tmp_path / "run"), "--samples", "--out", str(tmp_path / f"a.{suffix}")])
+        assert capsys.readouterr().err.startswith(expected)
+    assert "中文" in (tmp_path / "a.svg").read_text(encoding="utf-8")
 
 
 def test_a_missing_matplotlib_is_named(runs, tmp_path):

@@ -72,6 +72,8 @@ def files(tmp_path):
 @pytest.mark.parametrize("args, words", [
     ("", ["give a corpus"]),
     ("shakespear", ["unknown corpus", "did you mean shakespeare?"]),
+    ("Shakespeare", ["unknown corpus", "did you mean shakespeare?"]),
+    ("good.txt", ["good.txt is a file: python prepare_data.py --input good.txt --name good"]),
     ("pydoc --input good.txt", ["give a corpus"]), ("pydoc --name shakespeare", ["--name NAME", "shakespeare"]),
     ("--input nosuch.txt --name x", ["cannot read nosuch.txt"]),
     ("--input directory --name x", ["directory is a directory"]),
@@ -97,6 +99,13 @@ def test_bad_input(tmp_path, monkeypatch, capsys, args, words):
     message = capsys.readouterr().err
     assert all(word in message for word in words), message
     assert not (tmp_path / "data").exists()
+
+
+def test_what_is_prepared_already_is_not_an_unknown_corpus(tmp_path):
+    (tmp_path / "good.txt").write_text("some text\n" * 9)
+    assert run("prepare_data.py", "--input", "good.txt", "--name", "tiny", cwd=tmp_path).returncode == 0
+    assert_refused(run("prepare_data.py", "tiny", cwd=tmp_path),
+                   "tiny is prepared already: python train_gpt2.py configs/quickstart.py --dataset=tiny")
 
 
 def test_without_network(tmp_path):

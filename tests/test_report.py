@@ -118,7 +118,8 @@ def test_the_start_line_says_where_a_run_starts(steps, capsys):
     ([("batch_size", 2, 4)], {}, "a step has 4 sequences and had 2: epochs are counted as if it had always been 4\n"),
     ([("gradient_accumulation_steps", 3, 1)], {}, "a step has 4 sequences and had 12: epochs are counted"),
     ([("batch_size", 2, 4), ("gradient_accumulation_steps", 2, 1)], {}, None),
-    ([], dict(warmup_iters=30), "warmup_iters=30 lasts as long as the run: the learning rate only rises, to 9.68e-04"),
+    ([], dict(warmup_iters=30),
+     "warmup_iters=30 lasts the whole run: the learning rate ends at 9.68e-04 and never reaches its peak"),
     ([], dict(warmup_iters=29), None),
 ])
 def test_what_surprises_is_said_at_the_start(steps, capsys, changes, fields, words):
@@ -153,12 +154,13 @@ def test_progress_lines_have_the_mean_loss_and_their_position(steps, capsys):
 
 
 def test_time_is_estimated_once_and_epochs_are_timed(steps, capsys, monkeypatch):
-    s = steps(max_iters=40)
-    monkeypatch.setattr(s.report.timer, "mean", lambda: 2.0)
-    s.take(*[1.0] * 30)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines == ["expected time: 1 min 00 s for the remaining steps, evaluations not included",
-                     "epoch took 0 s", "epoch took 0 s"]
+    for log_interval, epochs in ((12, ["epoch took 0 s"] * 2), (13, [])):  # an epoch has 12.5 steps
+        s = steps(max_iters=40, log_interval=log_interval)
+        monkeypatch.setattr(s.report.timer, "mean", lambda: 2.0)
+        s.take(*[1.0] * 30)
+        lines = capsys.readouterr().out.splitlines()
+        assert lines == ["expected time: 1 min 00 s for the remaining steps, evaluations not included", *epochs]
+        s.report.__exit__(None, None, None)
 
 
 def test_speed_in_tokens_and_mfu(steps, monkeypatch, capsys):
@@ -317,7 +319,7 @@ def test_a_long_step_is_announced_once(steps, capsys, monkeypatch):
 def test_an_epoch_that_was_resumed_is_not_timed_as_a_whole(steps, capsys, monkeypatch):
     for first, lines in ((0, ["epoch took 0 s"] * 2), (5, ["rest of the epoch took 0 s", "epoch took 0 s"]),
                          (13, ["epoch took 0 s"])):
-        s = steps(Progress(step=first), max_iters=40)
+        s = steps(Progress(step=first), max_iters=40, log_interval=10)
         monkeypatch.setattr(s.report.timer, "mean", lambda: 2.0)
         s.take(*[1.0] * (30 - first))
         assert [line for line in capsys.readouterr().out.splitlines() if "epoch" in line] == lines

@@ -93,12 +93,17 @@ def test_find_checkpoint(tmp_path):
     for name in ("", "empty", "nosuch"):
         with pytest.raises(UserError):
             find_checkpoint(tmp_path / name)
-    for time, name in enumerate(("a/best.pt", "b/step_00000002.pt", "b/best.pt", "a/step_00000009.pt")):
+    # As a copied run, whose files are written in any order.
+    for time, (name, step) in enumerate((("b/best.pt", 4), ("a/step_00000009.pt", 9), ("a/best.pt", 7),
+                                         ("a/step_00000008.pt", 8), ("b/step_00000002.pt", 2))):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        save_checkpoint(tmp_path / name, whole_content(1))
+        save_checkpoint(tmp_path / name, whole_content(step))
         os.utime(tmp_path / name, (time, time))
-    assert find_checkpoint(tmp_path) == tmp_path / "a/step_00000009.pt"
-    assert find_checkpoint(tmp_path / "b") == tmp_path / "b/best.pt"
+    assert find_checkpoint(tmp_path / "a") == tmp_path / "a/step_00000009.pt"
+    assert find_checkpoint(tmp_path / "b") == find_checkpoint(tmp_path) == tmp_path / "b/best.pt"
+    save_checkpoint(tmp_path / "a/copy.pt", whole_content(1))  # save_path of train_model
+    assert find_checkpoint(tmp_path) == find_checkpoint(tmp_path / "a") == tmp_path / "a/copy.pt"
+    (tmp_path / "a/copy.pt").unlink()
     assert find_checkpoint(tmp_path / "a/best.pt") == tmp_path / "a/best.pt"
     (tmp_path / "b/dangling.pt").symlink_to("nosuch")
     assert find_checkpoint(tmp_path / "b") == tmp_path / "b/best.pt"

@@ -202,7 +202,9 @@ def test_interactive_lines_from_a_pipe(alone):
             answer += os.read(process.stdout.fileno(), 10 - len(answer))
         answers.append(answer.decode())
     output, errors = process.communicate("\n☃\n\udcff\n".encode(errors="surrogateescape"), timeout=60)
-    assert process.returncode == 0 and output == b"" and errors.count(b"error: ") == 2
+    assert process.returncode == 2 and output == b"" and errors.count(b"error: ") == 2
+    windows = run("sample.py", *args, "--interactive", cwd=alone, input="\ufeffThe \r\nA\r\n")
+    assert windows.returncode == 0 and windows.stdout == answers[0] + answers[1], windows.stderr
     for seed, line, answer in zip((1337, 1338, 1339), ("The ", "A", "The "), answers):
         assert sample(alone, *args, "--prompt", line, "--seed", seed).stdout == line + answer
 
@@ -220,7 +222,7 @@ def test_score_is_the_evaluation(alone, tmp_path):
     assert f"loss {state['val_loss']:.4f}" in sample(alone, *args).stdout
     (tmp_path / "short.txt").write_text("A")
     assert_refused(sample(alone, *args[:3], tmp_path / "short.txt"), "at least 2")
-    assert_refused(sample(alone, *args, "--stride", "33"), "--stride 33", "32")
+    assert_refused(sample(alone, *args, "--stride", "33"), "val.txt: stride 33 is over", "32 tokens")
     assert_refused(sample(alone, *args[:3], "nosuch.txt"), "nosuch.txt")
     (tmp_path / "odd.txt").write_text("A☃")
     assert_refused(sample(alone, *args[:3], tmp_path / "odd.txt"), "odd.txt: 1 character is not among the",
@@ -245,7 +247,7 @@ def test_score_counts_places_and_skips_unknown_characters(alone, tmp_path):
     report = sample(alone, *args[:3], "--score", tmp_path / "odd.txt").stdout
     assert "| skipped 7 characters outside the vocabulary; tokens and bytes are the rest's" in report
     (tmp_path / "all_odd.txt").write_text("☃☃☃", encoding="utf-8")
-    assert_refused(sample(alone, *args, tmp_path / "all_odd.txt"), "has 0 tokens")
+    assert_refused(sample(alone, *args, tmp_path / "all_odd.txt"), "all_odd.txt: 0 tokens cannot be scored")
 
 
 def test_a_long_prompt_is_noted(alone):

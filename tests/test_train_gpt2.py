@@ -376,7 +376,8 @@ def test_train_model_on_its_own_text_does_not_need_the_configs(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.txt").write_text(pydoc_text(None)[:3000], encoding="utf-8")
     prepare_text("abcd" * 50, "other", "char", "data")
-    options = dict(dataset=config_data, data_path="mine.txt", n_layer=1, n_embd=8, block_size=16, sample_tokens=0,
+    (tmp_path / "mine.py").write_text(f"dataset = {config_data!r}")
+    options = dict(config_path="mine.py", data_path="mine.txt", n_layer=1, n_embd=8, block_size=16, sample_tokens=0,
                    device="cpu", batch_size=4)
     train_model(max_iters=1, **options)
     model, dataset = train_model(max_iters=2, resume=True, **options)
@@ -398,6 +399,7 @@ def test_train_is_callable_without_a_script(data_dir, tmp_path):
     (dict(save_path="input.txt/x.pt"), "cannot create the directory input.txt: it is a file"),
     (dict(save_path="/proc/x.pt"), "cannot write /proc/x.pt: "),
     (dict(learning_rat=1), r"unknown field learning_rat \(did you mean learning_rate\?\)"),
+    (dict(dataset="mine"), "data_path=input.txt and dataset=mine: give one of them"),
     (dict(data_path=".txt"), ".txt cannot become a data set of its own name: rename it"),
     (dict(data_path="pydoc.txt"), "pydoc.txt cannot become a data set of its own name: rename it"),
     (dict(data_path="a\nb.txt"), "cannot become a data set of its own name: rename it"),
