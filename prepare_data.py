@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--val_fraction", type=number(float, above=0, below=1),
                         help="final fraction of the text, to validate on (default 0.1)")
     parser.add_argument("--max_lines", type=number(int, low=1), help="use only the first N lines")
-    parser.add_argument("--overwrite", action="store_true", help="replace a data set that holds other data")
+    parser.add_argument("--overwrite", action="store_true", help="replace a data set made from another text")
     parser.add_argument("--data_dir", default="data", help="default: data")
     parser.add_argument("--list", action="store_true", help="list the data sets, prepared and built-in, and exit")
     args = parser.parse_args(argv)

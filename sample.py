@@ -262,7 +262,8 @@ def parse_args(argv: list[str]) -> Namespace:
                         help="stop just before the given string, even if it spans several tokens; "
                              "repeatable (bash: $'\\n' is a line break)")
     parser.add_argument("--seed", type=number(int, low=0, below=2**32), default=1337,
-                        help="sample i is what --seed SEED+i alone would give, on a GPU up to rounding (default 1337)")
+                        help="of the first sample; those of SEED+1, SEED+2, ... follow, on a GPU equal up to "
+                             "rounding (default 1337)")
     parser.add_argument("--data_dir", default="data",
                         help="where to look for published weights and nanoGPT's meta.pkl (default: data)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")

@@ -83,7 +83,7 @@ class TrainConfig:
     checkpoint_interval: int = knob(250, "steps between checkpoints", low=1)
     keep_checkpoints: int = knob(2, "newest checkpoints to keep, in addition to the best", low=1)
     # run
-    run_name: str | None = knob(None, "name under out_dir and log_dir; none: the config file's stem")
+    run_name: str | None = knob(None, "name under out_dir and log_dir; none: the config file's stem, or the data set")
     out_dir: str = knob("checkpoints", "directory for checkpoints")
     log_dir: str = knob("runs", "directory for TensorBoard events")
     resume: bool = knob(False, "continue from the run's newest checkpoint")

@@ -134,8 +134,8 @@ def write_meta(file: Path, tokenizer: Tokenizer, splits: dict[str, dict], overwr
             "splits": splits}
     before = holds_same_data(file.parent, meta)
     if before is False and not overwrite:
-        raise UserError(f"{file.parent} holds other data: choose another name, or replace them with prepare_data.py "
-                        f"... --overwrite (runs trained on them can then not be resumed)")
+        raise UserError(f"{file.parent} was made from another text: choose another name, or replace it with "
+                        f"prepare_data.py ... --overwrite (runs trained on it can then not be resumed)")
     meta["sha256"] = digest_of(meta)
     file.write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return {None: "", True: "; the same as before", False: "; replaces other data"}[before]

@@ -137,17 +137,17 @@ def test_other_data_are_replaced_only_on_request(tmp_path, capsys):
     first = files()
     assert prepare("abc" * 30).endswith("; the same as before\n") and files() == first
     for text, fraction in (("abd" * 30, 0.1), ("abc" * 31, 0.1), ("abc" * 30, 0.2)):
-        with pytest.raises(UserError, match=r"c holds other data: choose another name, .* --overwrite \(runs"):
+        with pytest.raises(UserError, match=r"c was made from another text: choose .* --overwrite \(runs"):
             prepare(text, val_fraction=fraction)
     assert files() == first
     (tmp_path / "c/train.bin").write_bytes(b"of another program")
-    with pytest.raises(UserError, match="holds other data"):
+    with pytest.raises(UserError, match="was made from another text"):
         prepare("abc" * 30)
     assert prepare("abc" * 30, overwrite=True).endswith("; replaces other data\n") and files() == first
     (tmp_path / "c/meta.json").write_text("{")  # what is left says whether it is the same
     assert prepare("abc" * 30).endswith("; the same as before\n") and files() == first
     (tmp_path / "c/meta.json").unlink()  # another program's data
-    with pytest.raises(UserError, match="holds other data"):
+    with pytest.raises(UserError, match="was made from another text"):
         prepare("xxyz" * 30)
     assert prepare("xxyz" * 30, overwrite=True).endswith("; replaces other data\n")
     assert read_corpus(tmp_path / "c").tokenizer.itos == list("xyz")

@@ -322,10 +322,10 @@ def test_a_data_directory_is_taken_over_without_copying(tmp_path, checkout, monk
     assert sorted(os.listdir("data/mine")) == [".lock", "meta.json", "train.bin", "val.bin"]
     (tmp_path / "t.txt").write_text("other text\n" * 9)
     args = ["--input", "t.txt", "--name", "mine"]
-    with pytest.raises(UserError, match="data/mine holds other data"):
+    with pytest.raises(UserError, match="data/mine was made from another text"):
         prepare_data.main(args)
     prepare_data.main([*args, "--overwrite"])
-    with pytest.raises(UserError, match="data/mine holds other data"):
+    with pytest.raises(UserError, match="data/mine was made from another text"):
         take_over()
     assert {path.name: path.read_bytes() for path in theirs.iterdir()} == before
     take_over("--overwrite")

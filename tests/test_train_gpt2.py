@@ -446,7 +446,7 @@ def test_a_second_call_takes_the_next_name(notebook, tmp_path):
 def test_another_text_of_the_same_name_is_refused(notebook, tmp_path):
     notebook()
     (tmp_path / "input.txt").write_text("the rest is silence\n" * 40)
-    with pytest.raises(UserError, match="data/input holds other data"):
+    with pytest.raises(UserError, match="data/input was made from another text"):
         notebook()
     assert "r" in read_corpus(tmp_path / "data/input").tokenizer.stoi
 
