@@ -13,6 +13,7 @@ block_size = 128
 norm = "rmsnorm"
 mlp = "swiglu"
 pos = "rope"
+qk_norm = True
 bias = False
 
 batch_size = 16

@@ -11,7 +11,6 @@ n_layer = 4
 n_head = 4
 n_embd = 128
 block_size = 128
-dropout = 0.2
 
 batch_size = 8
 max_iters = 1450
@@ -20,6 +19,7 @@ lr_schedule = "linear"
 min_lr = 0.0
 warmup_iters = 50
 weight_decay = 0.3
+beta2 = 0.9999  # most symbols are rare: shorter second moments fade between two gradients, and steps get too large
 
 eval_interval = 290
 checkpoint_interval = 290
