@@ -163,7 +163,7 @@ CROSS_CHECKS = [
     (("dataset",), lambda c: is_plain_name(c.dataset), "dataset={dataset!r} must be a plain directory name"),
     (("data_dir", "out_dir", "log_dir"), lambda c: (c.data_dir + c.out_dir + c.log_dir).isprintable(),
      "data_dir={data_dir!r}, out_dir={out_dir!r} and log_dir={log_dir!r} must be printable paths"),
-    (("out_dir", "log_dir"), lambda c: os.path.realpath(c.out_dir) != os.path.realpath(c.log_dir),
+    (("out_dir", "log_dir"), lambda c: os.path.abspath(c.out_dir) != os.path.abspath(c.log_dir),
      "out_dir and log_dir are both {out_dir}: choose two directories"),
     (("init_from",), lambda c: c.init_from is None or (c.init_from.isprintable() and c.init_from),
      "init_from={init_from!r} must be a name or a printable path"),

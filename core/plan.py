@@ -36,7 +36,8 @@ def print_plan(argv: Sequence[str], processes: Processes = ALONE) -> int:
     UserError for what a run would be refused for, except for memory and a run directory with checkpoints; for
     characters not prepared yet; for another value of --plan.
     """
-    if (at := argv.index("--plan") if "--plan" in argv else None) is not None and argv[at + 1 : at + 2] == ["measure"]:
+    at = argv.index("--plan") if "--plan" in argv else len(argv)
+    if argv[at + 1 : at + 2] == ["measure"]:  # as other flags, with a space
         argv = [*argv[:at], "--plan=measure", *argv[at + 2 :]]
     asked = [word for word in argv if wants_plan([word])]
     values, problems = read_values([word for word in argv if word not in asked])

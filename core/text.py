@@ -34,8 +34,8 @@ def continue_text(model: GPT, tokenizer: Tokenizer, prompt: str = "", max_new_to
     """
     choice |= {"temperature": temperature, "top_k": top_k}
     problems = [f"{name} must be {describe(kind, **bounds)}, not {choice[name]!r}"
-                for name, (kind, bounds) in CHOICE.items()
-                if name in choice and not is_valid(kind(choice[name]), kind, **bounds)]
+                for name, (kind, bounds) in CHOICE.items() if name in choice
+                and not (kind(choice[name]) == choice[name] and is_valid(kind(choice[name]), kind, **bounds))]
     if problems:
         raise UserError(*problems)
     ids = tokenizer.encode(prompt or tokenizer.start).tolist()

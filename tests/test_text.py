@@ -12,7 +12,8 @@ TOKENIZER = CharTokenizer("".join(map(chr, range(50, 100))))
 
 @pytest.mark.parametrize("option, words", [
     (dict(temperature=-1), "temperature must be a finite float >= 0, not -1"),
-    (dict(top_k=-1), "top_k must be an int >= 0"), (dict(top_p=0), "top_p must be a finite float > 0 and <= 1, not 0"),
+    (dict(top_k=-1), "top_k must be an int >= 0"), (dict(top_k=2.5), "top_k must be an int"),
+    (dict(top_p=0), "top_p must be a finite float > 0 and <= 1, not 0"),
     (dict(min_p=1.5), "min_p must be"), (dict(repetition_penalty=0), "repetition_penalty must be"),
 ])
 def test_options_out_of_bounds(option, words):
