@@ -1,6 +1,7 @@
 """Weights written in Hugging Face's layouts, tokenizer included: GPT-2's, Llama's and Qwen3's."""
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -57,6 +58,7 @@ def write_pretrained(directory: Path, model: GPT, tokenizer: Tokenizer, layout: 
             for file, content in zip(files, contents.values()):
                 text = content if isinstance(content, str) else json.dumps(content, indent=1, ensure_ascii=False) + "\n"
                 file.write_text(text, encoding="utf-8", newline="")
+            shutil.copymode(files[0], weights)  # safetensors lets nobody else read them
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {directory}: {reason(error)}") from None
     finally:

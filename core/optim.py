@@ -65,8 +65,9 @@ def make_optimizer(model: nn.Module, cfg: ResolvedConfig, device: torch.device,
     """The optimizer cfg names, with weight decay on matrices only.
 
     "adamw": Loshchilov & Hutter 2019, fused where the device has it. "muon": Muon (Jordan et al. 2024) for
-    the blocks' matrices, its updates scaled to the size of AdamW's (Liu et al. 2025), so that one learning
-    rate serves both; AdamW for embeddings, head, norms and biases. Muon iterates in bfloat16 where that is fast.
+    the blocks' matrices, its updates scaled to the size of AdamW's (by 0.2 sqrt(max(rows, columns)), Liu et al. 2025),
+    so that one learning rate serves both; AdamW for embeddings, head, norms and biases. Muon iterates in bfloat16 where
+    that is fast.
     """
     hidden = [p for p in model.transformer.h.parameters() if p.dim() == 2] if cfg.optimizer == "muon" else []
     taken = set(hidden)

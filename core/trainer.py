@@ -101,7 +101,7 @@ class Trainer:
         """Accumulate the gradients of a step's micro-batches; return their loss, None if not to `proceed`."""
         total = torch.zeros((), device=self.device)
         if self.sum:
-            self.sum.start(self.scaler.scale(torch.ones_like(total)))
+            self.sum.start(self.scaler.scale(torch.ones_like(total)))  # the factor that losses get before backward
         for n_done, (number, (x, y)) in enumerate(batch.part(self.processes.rank, self.processes.size)):
             if n_done and not proceed(n_done):
                 return None
@@ -125,8 +125,8 @@ class Trainer:
     def note_finite(self, loss: Tensor, step: int) -> None:
         """Remember `step` if it is the first with a non-finite loss or gradient.
 
-        The gradient scaler finds its scale by infinite gradients and skips those updates itself, but a scale
-        below 1 means that it will find none: no gradient is finite.
+        With a gradient scaler (float16) an infinite gradient is no divergence yet: the scaler skips that update and
+        halves its scale. But at a scale below 1 it is not the scale that makes gradients infinite.
         """
         finite = self.grad_norm.isfinite()
         if self.scaler.is_enabled():

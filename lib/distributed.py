@@ -1,6 +1,6 @@
 """The processes that torchrun starts together: how they join, agree, sum gradients, and end."""
 
-from __future__ import annotations  # those below need a torch with torch.distributed, training alone does not
+from __future__ import annotations  # annotations name torch.distributed, which some builds of torch lack
 
 import io
 import os

@@ -54,7 +54,8 @@ class StopSignals:
         first, self.received = self.received is None, self.received or signum
         if first:
             with contextlib.suppress(OSError, RuntimeError):  # the main program may be printing at this moment
-                print("\nstopping after saving (press Ctrl-C again to quit immediately)", file=sys.stderr)
+                print("\nfinishing the step, then saving and stopping (Ctrl-C again quits now and loses the step)",
+                      file=sys.stderr)
 
     def __exit__(self, *exception: object) -> None:
         for signum, handler in self._handlers.items():

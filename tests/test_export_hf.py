@@ -96,6 +96,7 @@ def test_gpt2_bpe_as_a_process(tmp_path, text, downloads):
     assert theirs.transformer.wte.weight.shape == (50257, 16) and theirs.config.eos_token_id == 50256
     assert_loads_back(tmp_path / "out", model, tokenizer)
     assert sorted(os.listdir(tmp_path)) == ["checkpoints", "out"]
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1  # all readable by others, or none
     assert sorted(os.listdir(tmp_path / "out")) == [
         "config.json", "generation_config.json", "merges.txt", "model.safetensors", "tokenizer_config.json",
         "vocab.json"]

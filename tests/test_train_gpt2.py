@@ -183,7 +183,7 @@ def test_a_second_signal_quits_immediately(tmp_path, tiny_args):
         if line.startswith("epoch 18/"):  # the second step; each takes a second and 8.9 epochs
             process.send_signal(signal.SIGINT)
             break
-    assert any("stopping after saving" in line for line in process.stderr)
+    assert any("then saving and stopping" in line for line in process.stderr)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=100)
     assert process.returncode == 130 and "Traceback" not in err and "interrupted" in err, err
@@ -539,7 +539,7 @@ def test_a_hangup_sent_twice_saves(tmp_path, tiny_args):
             process.send_signal(signal.SIGHUP)
             break
     for line in process.stderr:
-        if "stopping after saving" in line:
+        if "then saving and stopping" in line:
             process.send_signal(signal.SIGHUP)
             break
     _, err = process.communicate(timeout=60)
