@@ -12,7 +12,7 @@ import contextlib
 import math
 import sys
 import time
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -232,20 +232,8 @@ def choice(name: str) -> Callable[[str], object]:
     return number(kind, **bounds)
 
 
-def parse_args(argv: list[str]) -> Namespace:
-    parser = script_parser("sample.py", __doc__)
-    parser.add_argument("--ckpt", nargs="?", const="checkpoints", default="checkpoints", metavar="PATH",
-                        help=f"a checkpoint, also nanoGPT's, a run directory, {', '.join(GPT2_SIZES)}, or a directory "
-                             "in Hugging Face's layout (default: the newest checkpoint under checkpoints/)")
-    task = parser.add_mutually_exclusive_group()
-    task.add_argument("--prompt", metavar="TEXT", help="text to continue, or FILE:path (default: a line break)")
-    task.add_argument("--interactive", action="store_true", help="continue each line you type")
-    task.add_argument("--score", metavar="FILE", help="print loss, perplexity and bits per byte of a text instead")
-    task.add_argument("--list", action="store_true", help="list the runs under the directory --ckpt instead")
-    parser.add_argument("--skip_unknown", action="store_true",
-                        help="with --score: leave out characters outside the vocabulary, and their bytes")
-    parser.add_argument("--stride", type=number(int, low=1), metavar="TOKENS",
-                        help="with --score: tokens from one window's start to the next (default: the context length)")
+def add_sampling_flags(parser: ArgumentParser) -> None:
+    """Add the flags in SAMPLING."""
     parser.add_argument("--num_samples", type=number(int, low=1, below=2**32), default=1, help="default 1")
     parser.add_argument("--max_new_tokens", type=number(int, low=1, below=2**32), default=500, help="default 500")
     parser.add_argument("--temperature", type=choice("temperature"), default=0.8, help="0: greedy (default 0.8)")
@@ -264,6 +252,23 @@ def parse_args(argv: list[str]) -> Namespace:
     parser.add_argument("--seed", type=number(int, low=0, below=2**32), default=1337,
                         help="of the first sample; those of SEED+1, SEED+2, ... follow, on a GPU equal up to "
                              "rounding (default 1337)")
+
+
+def parse_args(argv: list[str]) -> Namespace:
+    parser = script_parser("sample.py", __doc__)
+    parser.add_argument("--ckpt", nargs="?", const="checkpoints", default="checkpoints", metavar="PATH",
+                        help=f"a checkpoint, also nanoGPT's, a run directory, {', '.join(GPT2_SIZES)}, or a directory "
+                             "in Hugging Face's layout (default: the newest checkpoint under checkpoints/)")
+    task = parser.add_mutually_exclusive_group()
+    task.add_argument("--prompt", metavar="TEXT", help="text to continue, or FILE:path (default: a line break)")
+    task.add_argument("--interactive", action="store_true", help="continue each line you type")
+    task.add_argument("--score", metavar="FILE", help="print loss, perplexity and bits per byte of a text instead")
+    task.add_argument("--list", action="store_true", help="list the runs under the directory --ckpt instead")
+    parser.add_argument("--skip_unknown", action="store_true",
+                        help="with --score: leave out characters outside the vocabulary, and their bytes")
+    parser.add_argument("--stride", type=number(int, low=1), metavar="TOKENS",
+                        help="with --score: tokens from one window's start to the next (default: the context length)")
+    add_sampling_flags(parser)
     parser.add_argument("--data_dir", default="data",
                         help="where to look for published weights and nanoGPT's meta.pkl (default: data)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")

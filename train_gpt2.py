@@ -51,8 +51,7 @@ def train(cfg: TrainConfig, processes: Processes = ALONE) -> Trained:
     UserError for data, checkpoints or directories that do not fit; Diverged on a non-finite loss,
     gradient, weight or moment: in all processes.
     """
-    # Of processes: `each` does a thing and all fail if one does, `lead` gives all what the first one gets, `same`
-    # refuses what differs. A single process just does it.
+    # each: all processes do it and fail together; lead: the first one does it for all; same: they must agree
     corpus = processes.each(lambda: open_corpus(cfg.dataset, cfg.data_dir, verify=local_rank() == 0))
     processes.same(corpus.fingerprint, f"{cfg.data_dir}/{cfg.dataset} is not the first process's data: copy them")
     processes.lead(lambda: check_length(cfg, len(corpus.train)))

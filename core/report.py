@@ -105,6 +105,12 @@ def change_of_epochs(run: Run) -> str:
             f"always been {run.cfg.sequences:,}\n")
 
 
+def nothing_to_do(cfg: ResolvedConfig, step: int) -> str:
+    """Why a run that resumes at `step` is finished, and how to continue it."""
+    why = f"step {step} is past max_iters={cfg.max_iters}" if step > cfg.max_iters else "the run is finished"
+    return f"nothing to do: {why}; raise --max_iters, --epochs or --patience to continue"
+
+
 class StepTimer:
     """Time of the steps, excluding pauses: since the last restart, and in total."""
 
@@ -195,9 +201,7 @@ class Report:
             print(f"warmup_iters={cfg.warmup_iters} lasts the whole run: the learning rate ends at "
                   f"{learning_rate_at(cfg.max_iters - 1, cfg):.2e} and never reaches its peak")
         if self.progress.finished(cfg):
-            step = self.progress.step
-            why = f"step {step} is past max_iters={cfg.max_iters}" if step > cfg.max_iters else "the run is finished"
-            print(f"nothing to do: {why}; raise --max_iters, --epochs or --patience to continue")
+            print(nothing_to_do(cfg, self.progress.step))
 
     def micro_batch_done(self, n_done: int) -> None:
         """Print how long a step takes if the first one is slow, after its first n_done micro-batches."""

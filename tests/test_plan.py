@@ -140,7 +140,7 @@ def test_gpt2_data_that_are_not_prepared(tmp_path, monkeypatch, capsys):
     (["--plan=soon", "--n_head=3", "--lr=1"], ["3 problems", "--plan=soon", "not divisible", "unknown flag --lr"]),
     (["--plan=measure", "--device=tpu"], ["device must be"]),
     (["--plan=", "--device=cpu"], ["--plan=: --plan stands alone"]),
-    (["--dataset=shakespeare_char", "--plan"], ["is known once it is prepared: python prepare_data.py shakespeare_ch"]),
+    (["--dataset=shakespeare_char", "--plan"], ["needs the size of shakespeare_char's vocabulary"]),
     (["--plan", "--n_layer=9999", "--n_embd=65536", "--n_head=64", "--device=cpu"], ["take more than", "n_layer"]),
     (["--plan", "--batch_size=1000000", "--device=cpu"], ["take more than", "lower batch_size"]),
 ])
