@@ -28,4 +28,5 @@ weight_decay = 0.4
 beta2 = 0.95
 
 eval_interval = 290
+sample_tokens = 400
 checkpoint_interval = 290
