@@ -209,7 +209,7 @@ def read_config_file(path: str | Path) -> tuple[Values, Problems]:
         tree = ast.parse(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         named = Path("configs", Path(path).stem + ".py")
-        hint = f" (did you mean {named}?)" if named.exists() and not os.path.exists(path) else ""
+        hint = f" (did you mean {named}?)" if os.path.exists(named) and not os.path.exists(path) else ""
         return {}, [f"cannot read config file {path}: {error.strerror}{hint}"]
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         return {}, [f"{path} is not a config file of `name = value` lines: {error}"]

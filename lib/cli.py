@@ -87,9 +87,9 @@ def discard_writes(stream: TextIO) -> None:
 def run_script(main: Callable[[list[str]], int | None], outlives_output: bool = False) -> None:
     """Run `main(argv)` as a script and exit with the code it returns (None: 0). Text is UTF-8 on every system.
 
-    A UserError becomes a line on stderr and exit code 2, Ctrl-C becomes 130. Output that cannot be written
-    ends the script, silently if its reader is gone (`| head`), unless it `outlives_output`. Any other
-    exception is a bug and keeps its traceback.
+    A UserError or a file name that is too long becomes a line on stderr and exit code 2, Ctrl-C becomes 130.
+    Output that cannot be written ends the script, silently if its reader is gone (`| head`), unless it
+    `outlives_output`. Any other exception is a bug and keeps its traceback.
     """
     # No file may be opened under the number of a closed stdin, stdout or stderr.
     while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
@@ -116,6 +116,9 @@ def run_script(main: Callable[[list[str]], int | None], outlives_output: bool = 
         print("interrupted", file=sys.stderr)
         code = 130
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # only the user gives such names
+            print(f"error: {error.strerror}: {error.filename}", file=sys.stderr)
+            sys.exit(2)
         if not reader_is_gone(error) and error.errno not in NO_ROOM:
             raise
         discard_writes(sys.stdout)  # Python's flush at exit would fail again

@@ -46,6 +46,7 @@ def run_main(body, *argv, stdout=subprocess.PIPE, shell=None, options="", **env)
     ("raise UserError('a is 3', 'b is 4')", 2, "error: 2 problems:\n  - a is 3\n  - b is 4\n"),
     ("raise KeyboardInterrupt", 130, "interrupted\n"),
     ("warn('careful')", 0, "warning: careful\n"),
+    ("raise OSError(errno.ENAMETOOLONG, 'too long', 'aaa')", 2, "error: too long: aaa\n"),
 ])
 def test_how_a_script_ends(body, code, message):
     process = run_main(body)
