@@ -99,7 +99,7 @@ def test_the_first_run(tmp_path):
     size = next(tmp_path.glob("checkpoints/quickstart/step_*.pt")).stat().st_size
     assert bytes_after("disk    ", plan) == pytest.approx(size, rel=0.005)
     assert bytes_after("a checkpoint, at most", plan) == pytest.approx(4 * size, rel=0.005)
-    assert "3 steps = 6,144 tokens" in plan and "866,304 parameters" in plan
+    assert "3 steps = 6,144 tokens" in plan and "1,079,552 parameters" in plan
 
 
 def test_what_does_not_fit_is_planned_and_not_measured(tmp_path, tiny_args, capsys, monkeypatch):
