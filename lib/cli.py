@@ -116,16 +116,17 @@ def run_script(main: Callable[[list[str]], int | None], outlives_output: bool = 
         print("interrupted", file=sys.stderr)
         code = 130
     except OSError as error:
+        code = 2
         if error.errno == errno.ENAMETOOLONG:  # only the user gives such names
             print(f"error: {error.strerror}: {error.filename}", file=sys.stderr)
-            sys.exit(2)
-        if not reader_is_gone(error) and error.errno not in NO_ROOM:
-            raise
-        discard_writes(sys.stdout)  # Python's flush at exit would fail again
-        code = 0  # the reader is gone (`| head`)
-        if error.errno in NO_ROOM:
+        elif error.errno in NO_ROOM:
+            discard_writes(sys.stdout)  # Python's flush at exit would fail again
             print(f"error: cannot write the output: {error.strerror}", file=sys.stderr)
-            code = 2
+        elif reader_is_gone(error):  # `| head`
+            discard_writes(sys.stdout)
+            code = 0
+        else:
+            raise
     sys.exit(code)
 
 
