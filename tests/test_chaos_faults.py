@@ -114,7 +114,7 @@ def test_random_kills(tmp_path, data_dir):
 
 @pytest.mark.parametrize("patience", [0, 3])
 def test_metrics_of_a_run_killed_10_times(tmp_path, data_dir, patience):
-    """With `patience` the run ends early, wherever: no evaluation but the last is at the end of a log interval."""
+    """With `patience` the run ends early. No evaluation, so neither end, is at the end of a log interval."""
     flags = dict(max_iters=88, checkpoint_interval=5, eval_interval=6, log_interval=17, sample_tokens=5,
                  patience=patience, learning_rate=0.5 if patience else 1e-2, lr_schedule="wsd", decay_fraction=0.01)
     reference = SmallRun(tmp_path / "reference", data_dir, **flags)
